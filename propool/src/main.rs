@@ -204,8 +204,6 @@ fn pipe() -> Result<(File, File), Error> {
 /// The child never gets to the code, the destructors and the exit handlers of its parent.
 fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-    let flushed = io::stdout().flush().map_err(failed("flush"));
-    let ended = ended.map(|result| result.and(flushed));
     if let Ok(Err(error)) = &ended {
         let _ = writeln!(io::stderr(), "Error: {error:?}"); // if it cannot be shown, status 1 tells
     }
