@@ -83,7 +83,8 @@ impl Queue {
 
     /// Stands in for `Queue.put(value)`: waits for room in the pipe, but not for the reader.
     ///
-    /// Fails if the reader has ended, or if this process has called `get`.
+    /// Closes the read end of this process, so the reader must have been started. Fails if the
+    /// reader has ended, or is this process.
     fn put(&self, value: &str) -> Result<(), Error> {
         self.close_read_end(); // unused here; left open, it would hide that the reader has died
         let message = [&value.len().to_ne_bytes(), value.as_bytes()].concat();
@@ -93,7 +94,8 @@ impl Queue {
 
     /// Stands in for `Queue.get(True)`: waits for the next value and takes it.
     ///
-    /// Fails if nobody is left to `put`, or if this process has closed its read end.
+    /// Closes the write end of this process. Fails if nobody is left to `put`, or if this process
+    /// has done so.
     fn get(&self) -> Result<String, Error> {
         self.write_end.take(); // unused here; left open, it would hold off the end-of-file
         let mut end = &*open(&self.read_end)?;
@@ -114,6 +116,7 @@ impl Queue {
     ///
     /// No other process may `put` meanwhile. Fails if the reader has ended, or is this process.
     fn join(&self) -> Result<(), Error> {
+        self.close_read_end(); // as in `put`
         let mut end = &*open(&self.write_end)?;
         let answered = end.write_all(&JOIN).and_then(|()| end.read_exact(&mut [0]));
         answered.map_err(failed("join a queue whose reader has ended"))
@@ -168,8 +171,8 @@ impl<A> Process<A> {
 
 /// Stands in for a `multiprocessing.Process` after its start.
 ///
-/// One that is dropped is terminated and reaped, as Python does with daemonic processes when it
-/// exits; how it ended shows on stderr.
+/// One that is dropped is terminated, as Python does with daemonic processes when it exits; if it
+/// had come to a bad end before, that shows on stderr.
 #[must_use = "only `join` and `terminate` return how it ended"]
 struct Child {
     pid: Pid,
@@ -187,20 +190,20 @@ impl Child {
     ///
     /// Fails if the child had come to a bad end before.
     fn terminate(self) -> Result<(), Error> {
-        ManuallyDrop::new(self).end(Some(Signal::SIGTERM))
+        ManuallyDrop::new(self).end() // a child is reaped once: here, then not in `drop`
     }
 
-    fn end(&self, sent: Option<Signal>) -> Result<(), Error> {
+    fn end(&self) -> Result<(), Error> {
         // The child has not been reaped yet, so that the pid is still its own.
         kill(self.pid, Signal::SIGTERM).map_err(failed("kill"))?;
-        kill(self.pid, Signal::SIGCONT).map_err(failed("kill"))?; // or a stopped child stays
-        wait(self.pid, sent)
+        kill(self.pid, Signal::SIGCONT).map_err(failed("kill"))?; // or a stopped child stays so
+        wait(self.pid, Some(Signal::SIGTERM))
     }
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if let Err(error) = self.end(None) {
+        if let Err(error) = self.end() {
             let _ = writeln!(io::stderr(), "Error: {error:?}"); // there is nobody else to tell
         }
     }
@@ -232,7 +235,7 @@ fn wait(pid: Pid, sent: Option<Signal>) -> Result<(), Error> {
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
             Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-            Err(cause) => return Err(failed("waitpid")(cause)),
+            Err(cause) => format!("cannot be waited for: {cause}"),
         };
         return Err(Error(format!("process {pid} {end}")));
     }

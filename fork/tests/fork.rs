@@ -24,7 +24,7 @@ fn parent_and_child_know_each_other() {
 
 #[test]
 fn each_line_goes_to_a_file_once() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/output");
+    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/fork-output");
     let run = Run::start(&format!("exec \"$0\" > '{file}'"));
     let parent = run.pid();
     let end = run.end();

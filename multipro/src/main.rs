@@ -115,7 +115,7 @@ fn wait(pid: Pid) -> Result<(), Error> {
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
             Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-            Err(cause) => return Err(failed("waitpid")(cause)),
+            Err(cause) => format!("cannot be waited for: {cause}"),
         };
         return Err(Error(format!("process {pid} {end}")));
     }

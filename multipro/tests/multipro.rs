@@ -24,7 +24,7 @@ fn the_child_prints_between_start_and_end() {
 
 #[test]
 fn each_line_goes_to_a_file_once() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/output");
+    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/multipro-output");
     let run = Run::start(&format!("exec \"$0\" > '{file}'"));
     let parent = run.pid();
     let end = run.end();

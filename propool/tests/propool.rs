@@ -72,7 +72,7 @@ fn five_tasks_are_done_once_each_by_processes() {
 
 #[test]
 fn each_line_goes_to_a_file_once() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/output");
+    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/propool-output");
     let run = Run::start(&format!("exec \"$0\" > '{file}'"));
     let parent = run.pid();
     let end = run.end();

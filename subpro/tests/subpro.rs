@@ -38,7 +38,7 @@ fn three_programs_print_in_order() {
 
 #[test]
 fn three_programs_print_in_order_to_a_file() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/output");
+    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/subpro-output");
     let script = format!("exec \"$0\" > '{file}'");
     let end = Run::start("file", &script, &[PS, GREP, LS, PING]).end();
     assert!(end.status.success(), "{end:?}");
@@ -112,8 +112,8 @@ fn a_full_disk_is_no_success() {
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Held to write a program or to fork: a fork has a program that is being written open for writing,
-/// and meanwhile that program cannot be run.
+/// Held to write programs, and to fork: a process that is forked while a program is being written
+/// has it open too, and a program that somebody has open for writing cannot be run.
 static FORK: Mutex<()> = Mutex::new(());
 
 /// A run of the demo, in a process group of its own; one that hangs is killed and fails its test.
@@ -137,7 +137,7 @@ impl Run {
     /// on its path, in a directory of the given name.
     fn start(name: &str, script: &str, programs: &[(&str, &str)]) -> Run {
         let _fork = FORK.lock();
-        let path = format!("{}/{name}", env!("CARGO_TARGET_TMPDIR"));
+        let path = format!("{}/subpro-{name}", env!("CARGO_TARGET_TMPDIR"));
         let _ = fs::remove_dir_all(&path); // an earlier run's
         fs::create_dir(&path).unwrap();
         for (program, lines) in programs {
