@@ -46,7 +46,7 @@ fn main() -> Result<(), Error> {
     let pw = pw.start()?;
     // Start the child pr, to read:
     let pr = pr.start()?;
-    q.close_read_end(); // unused here; left open, it would keep from pw that pr has died
+    q.close_read_end(); // unused here; left open, it would hide from pw that pr has died
     // Wait for pw to end:
     pw.join()?;
     q.join()?; // or pr may be terminated before it has got the last value, as it may in Python
@@ -59,29 +59,31 @@ fn main() -> Result<(), Error> {
 /// Stands in for `multiprocessing.Queue`, and for `JoinableQueue` with its `join`.
 ///
 /// Carries texts of any length, in order, to the one process that calls `get`, from processes that
-/// `put` one at a time; all of them forked from the process that made the queue, or that one.
-/// Values go through a pipe that is open both ways, as `multiprocessing.Pipe()` is; the answer to
-/// `join` comes back through it.
+/// `put` one at a time; all of them forked from the process that made the queue, or that one. They
+/// go through a pipe that is open both ways, as `multiprocessing.Pipe()` is: `join` is answered.
+///
+/// A process that neither puts nor gets keeps both ends open, so that the others do not learn of
+/// each other's end: use a single queue, and let every child use it. If a writer is killed, a part
+/// of a value may be left in the queue: it is of no use any more.
 struct Queue {
     write_end: RefCell<Option<UnixStream>>,
     read_end: RefCell<Option<UnixStream>>,
 }
 
-/// Sent by `join` in place of the length of a value, which is never as large.
+/// Sent by `join` in place of the length of a value, which is never that large.
 const JOIN: [u8; size_of::<usize>()] = usize::MAX.to_ne_bytes();
 
 impl Queue {
-    /// Stands in for `Queue()`. Fails if there are no file descriptors left for a pipe.
+    /// Stands in for `Queue()`. Fails if socketpair(2) does, for want of file descriptors say.
     fn new() -> Result<Self, Error> {
         let (write_end, read_end) = UnixStream::pair().map_err(failed("socketpair"))?;
-        let (write_end, read_end) = (Some(write_end).into(), Some(read_end).into());
         Ok(Queue {
-            write_end,
-            read_end,
+            write_end: RefCell::new(Some(write_end)),
+            read_end: RefCell::new(Some(read_end)),
         })
     }
 
-    /// Stands in for `Queue.put(value)`: waits for room in the pipe, but not for the reader.
+    /// Stands in for `Queue.put(value)`: returns as soon as the value is in the pipe.
     ///
     /// Closes the read end of this process, so the reader must have been started. Fails if the
     /// reader has ended, or is this process.
@@ -89,7 +91,7 @@ impl Queue {
         self.close_read_end(); // unused here; left open, it would hide that the reader has died
         let message = [&value.len().to_ne_bytes(), value.as_bytes()].concat();
         let sent = (&*open(&self.write_end)?).write_all(&message);
-        sent.map_err(failed("put into a queue whose reader has ended"))
+        sent.map_err(failed("put into the queue"))
     }
 
     /// Stands in for `Queue.get(True)`: waits for the next value and takes it.
@@ -103,7 +105,8 @@ impl Queue {
         let mut length = JOIN;
         end.read_exact(&mut length).map_err(failed(ended))?;
         while length == JOIN {
-            end.write_all(&[0]).map_err(failed(ended))?; // whatever came before has been dealt with
+            io::stdout().flush().map_err(failed("flush"))?; // SIGTERM does not, and comes next
+            end.write_all(&[0]).map_err(failed(ended))?;
             end.read_exact(&mut length).map_err(failed(ended))?;
         }
         let mut value = vec![0; usize::from_ne_bytes(length)];
@@ -114,9 +117,10 @@ impl Queue {
     /// Stands in for `JoinableQueue.join()`: waits until the reader has dealt with every value that
     /// was put, and has called `get` once more.
     ///
-    /// No other process may `put` meanwhile. Fails if the reader has ended, or is this process.
+    /// No other process may `put` meanwhile. Closes the read end of this process. Fails if the
+    /// reader has ended, or is this process.
     fn join(&self) -> Result<(), Error> {
-        self.close_read_end(); // as in `put`
+        self.close_read_end(); // unused here; left open, it would hide that the reader has died
         let mut end = &*open(&self.write_end)?;
         let answered = end.write_all(&JOIN).and_then(|()| end.read_exact(&mut [0]));
         answered.map_err(failed("join a queue whose reader has ended"))
@@ -151,17 +155,17 @@ impl<A> Process<A> {
 
     /// Stands in for `Process.start()`: forks a child that runs the target and ends with it.
     ///
-    /// The child has its own copy of the parent's memory, and shares its open files. The caller
-    /// must see to it that this process has a single thread: a lock that another one holds would
-    /// never be released in the child. Fails if standard output cannot be flushed or on fork(2);
-    /// then there is no child.
+    /// The child has its own copy of the parent's memory, and shares its open files.
+    /// The caller must see to it, as the compiler does not, that this process has a single thread:
+    /// a lock that another one holds would never be released in the child. Fails if standard output
+    /// cannot be flushed or fork(2) fails; then there is no child.
     fn start(self) -> Result<Child, Error> {
-        io::stdout().flush().map_err(failed("flush"))?; // or the child prints the buffer's rest too
+        io::stdout().flush().map_err(failed("flush"))?; // the child would print what is left, too
         // SAFETY: the caller sees to it that this process has a single thread, so its child may do
         // whatever it may do itself.
         match unsafe { fork() }.map_err(failed("fork"))? {
             ForkResult::Child => bootstrap(|| {
-                rand::rng().reseed().map_err(failed("reseed"))?; // or it draws its siblings' numbers
+                rand::rng().reseed().map_err(failed("reseed"))?; // or it repeats its parent's
                 (self.target)(self.args)
             }),
             ForkResult::Parent { child } => Ok(Child { pid: child }),
@@ -171,8 +175,8 @@ impl<A> Process<A> {
 
 /// Stands in for a `multiprocessing.Process` after its start.
 ///
-/// One that is dropped is terminated, as Python does with daemonic processes when it exits; if it
-/// had come to a bad end before, that shows on stderr.
+/// One that is dropped is terminated, as Python does with daemonic processes when it exits; a bad
+/// end before that, but by SIGTERM, shows on stderr.
 #[must_use = "only `join` and `terminate` return how it ended"]
 struct Child {
     pid: Pid,
@@ -188,13 +192,13 @@ impl Child {
 
     /// Stands in for `Process.terminate()`: ends the child by SIGTERM, and reaps it.
     ///
-    /// Fails if the child had come to a bad end before.
+    /// Fails if the child had come to a bad end before, but by SIGTERM.
     fn terminate(self) -> Result<(), Error> {
         ManuallyDrop::new(self).end() // a child is reaped once: here, then not in `drop`
     }
 
     fn end(&self) -> Result<(), Error> {
-        // The child has not been reaped yet, so that the pid is still its own.
+        // The child has not been reaped yet, so the pid is still its own.
         kill(self.pid, Signal::SIGTERM).map_err(failed("kill"))?;
         kill(self.pid, Signal::SIGCONT).map_err(failed("kill"))?; // or a stopped child stays so
         wait(self.pid, Some(Signal::SIGTERM))
@@ -209,8 +213,8 @@ impl Drop for Child {
     }
 }
 
-/// Stands in for `Process._bootstrap()`: runs `run` in a child and ends the child with it, by
-/// status 0 if it returns `Ok`, and by status 1 if it fails or panics, which is then shown.
+/// Stands in for `Process._bootstrap()`: runs `run` in a child, and ends the child with status 0 if
+/// it returns `Ok`, or else, after showing why, with status 1.
 ///
 /// The child never gets to the code, the destructors and the exit handlers of its parent.
 fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {

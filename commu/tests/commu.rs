@@ -1,8 +1,9 @@
 //! Runs the demo from outside, and holds it against the tutorial's 五、进程间通信.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -154,15 +155,29 @@ fn a_reader_killed_before_the_first_value_is_reported() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn a_reader_killed_between_values_is_reported() {
-    let (mut run, _, reader) = Run::stopped();
-    killpg(run.pid(), Signal::SIGCONT).unwrap();
-    while run.line().expect("the first value") != GET[0] {}
-    kill(reader, Signal::SIGKILL).unwrap();
-    let end = run.end();
-    assert_eq!(end.status.code(), Some(1), "{end:?}");
-    let error = format!("Error: process {reader} was killed by SIGKILL\n");
-    assert!(end.errors.contains(&error), "{end:?}");
+fn a_process_killed_between_values_is_reported() {
+    for (kills_writer, after) in [
+        (true, PUT[0]),
+        (true, PUT[1]),
+        (false, GET[0]),
+        (false, GET[1]),
+    ] {
+        // A run that is over before it comes to the kill does not count.
+        let (end, killed) = iter::repeat_with(|| {
+            let (mut run, writer, reader) = Run::stopped();
+            killpg(run.pid(), Signal::SIGCONT).unwrap();
+            while run.line().expect("a value") != after {}
+            let killed = if kills_writer { writer } else { reader };
+            let _ = kill(killed, Signal::SIGKILL);
+            (run.end(), killed)
+        })
+        .take(10)
+        .find(|(end, _)| !end.status.success())
+        .expect("a run fails in which a process was killed");
+        assert_eq!(end.status.code(), Some(1), "{end:?}");
+        let error = format!("Error: process {killed} was killed by SIGKILL\n");
+        assert!(end.errors.contains(&error), "{end:?}");
+    }
 }
 
 #[test]
@@ -180,28 +195,22 @@ fn a_reader_killed_after_the_last_value_was_put_is_reported() {
 
 #[test]
 #[cfg(target_os = "linux")]
-fn a_writer_that_was_killed_is_reported() {
-    for last_line in ["", PUT[1]] {
-        let (mut run, writer, _) = Run::stopped();
-        if !last_line.is_empty() {
-            killpg(run.pid(), Signal::SIGCONT).unwrap();
-            while run.line().expect("a line of the writer's") != last_line {}
-        }
-        kill(writer, Signal::SIGKILL).unwrap();
-        let end = run.end(); // a reader that is stopped ends, too
-        assert_eq!(end.status.code(), Some(1), "{end:?}");
-        assert_eq!(
-            end.errors,
-            format!("Error: process {writer} was killed by SIGKILL\n")
-        );
-    }
+fn a_writer_killed_before_the_first_value_is_reported() {
+    let (run, writer, _) = Run::stopped();
+    kill(writer, Signal::SIGKILL).unwrap();
+    let end = run.end(); // the reader ends, though it is stopped
+    assert_eq!(end.status.code(), Some(1), "{end:?}");
+    assert_eq!(
+        end.errors,
+        format!("Error: process {writer} was killed by SIGKILL\n")
+    );
 }
 
 #[test]
 #[cfg(target_os = "linux")]
 fn both_end_when_the_parent_was_killed() {
     let (run, _, _) = Run::stopped();
-    kill(run.pid(), Signal::SIGKILL).unwrap();
+    run.kill_parent();
     killpg(run.pid(), Signal::SIGCONT).unwrap();
     let lines = run.end().lines;
     assert!(
@@ -214,7 +223,7 @@ fn both_end_when_the_parent_was_killed() {
 #[cfg(target_os = "linux")]
 fn all_end_when_nobody_can_print() {
     let (mut run, _, _) = Run::stopped();
-    run.output = None;
+    run.close();
     killpg(run.pid(), Signal::SIGCONT).unwrap();
     assert_eq!(run.end().status.code(), Some(1));
     assert_eq!(
@@ -225,6 +234,9 @@ fn all_end_when_nobody_can_print() {
 
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Held to start a run, and to close an output: meanwhile, a run that is being started has a copy.
+static START: Mutex<()> = Mutex::new(());
 
 /// A run of the demo, in a process group of its own; one that hangs is killed and fails its test.
 struct Run {
@@ -247,6 +259,7 @@ impl Run {
     fn start(script: &str) -> Run {
         #[cfg(target_os = "linux")] // a child that nobody waited for then shows in `end`
         nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let _start = START.lock();
         let mut parent = Command::new("/bin/sh")
             .args(["-c", script, env!("CARGO_BIN_EXE_commu")])
             .env("RUST_BACKTRACE", "0")
@@ -260,9 +273,11 @@ impl Run {
         let group = Pid::from_raw(parent.id().try_into().unwrap());
         let (over, watched) = mpsc::channel();
         let watchdog = thread::spawn(move || {
-            let hangs = watched.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout);
-            let _ = killpg(group, Signal::SIGKILL); // also what a failed test leaves behind
-            hangs
+            let over = watched.recv_timeout(DEADLINE);
+            if over.is_err() {
+                let _ = killpg(group, Signal::SIGKILL); // it hangs, or the test has failed
+            }
+            over == Err(RecvTimeoutError::Timeout)
         });
         Run {
             parent,
@@ -288,6 +303,13 @@ impl Run {
         (!text.is_empty()).then(|| text.trim_end().to_string())
     }
 
+    /// Closes its output, so that it cannot print any more.
+    #[cfg(target_os = "linux")]
+    fn close(&mut self) {
+        let _start = START.lock();
+        self.output = None;
+    }
+
     /// Waits until all its processes have ended, and the parent has reaped its children.
     fn end(mut self) -> End {
         let lines = iter::from_fn(|| self.line()).collect();
@@ -300,7 +322,7 @@ impl Run {
             .unwrap();
         let status = self.parent.wait().unwrap();
         let orphaned = status.signal().is_none() && killpg(self.pid(), None).is_ok();
-        drop(self.over);
+        let _ = self.over.send(());
         assert!(
             !self.watchdog.join().unwrap(),
             "it hangs: {lines:?} {errors}"
@@ -316,15 +338,31 @@ impl Run {
         }
     }
 
+    /// Kills the parent, and waits until it is dead.
+    #[cfg(target_os = "linux")]
+    fn kill_parent(&self) {
+        kill(self.pid(), Signal::SIGKILL).unwrap();
+        while state(self.pid()) != 'Z' {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Makes the pipe of its output as small as it can be, and returns its size.
+    #[cfg(target_os = "linux")]
+    fn shrink(&self) -> u64 {
+        let output = self.output.as_ref().unwrap().get_ref().as_raw_fd();
+        // SAFETY: the call gets numbers only; no memory of this process is touched.
+        let size = unsafe { libc::fcntl(output, libc::F_SETPIPE_SZ, 1) };
+        size.try_into().unwrap()
+    }
+
     /// Runs the demo with an output that has room for `room` bytes and is not read before the next
     /// `line`: whoever prints more waits. Returns the children that the parent has made by then.
     #[cfg(target_os = "linux")]
-    fn held(room: i32) -> (Run, Vec<Pid>) {
+    fn held(room: u64) -> (Run, Vec<Pid>) {
         let mut run = Run::start("read -r filler; printf \"%${filler}s\"; exec \"$0\"");
-        let output = run.output.as_ref().unwrap().get_ref().as_raw_fd();
-        // SAFETY: no memory is passed; the pipe becomes as small as it can be.
-        let size = unsafe { libc::fcntl(output, libc::F_SETPIPE_SZ, 1) };
-        writeln!(run.parent.stdin.take().unwrap(), "{}", size - room).unwrap();
+        let filler = run.shrink() - room;
+        writeln!(run.parent.stdin.take().unwrap(), "{filler}").unwrap();
         let children = format!("/proc/{0}/task/{0}/children", run.pid());
         let children = || fs::read_to_string(&children).unwrap();
         while children().is_empty() || state(run.pid()) != 'S' {
@@ -346,7 +384,12 @@ impl Run {
         for &child in &children {
             stop(child);
         }
-        run.output.as_mut().unwrap().fill_buf().unwrap(); // makes room for what they will print
+        let size = run.shrink(); // what fills the output is read, for room for what they will print
+        io::copy(
+            &mut run.output.as_mut().unwrap().take(size),
+            &mut io::sink(),
+        )
+        .unwrap();
         (run, children[0], children[1])
     }
 
@@ -367,12 +410,11 @@ fn state(pid: Pid) -> char {
     stat.rsplit(") ").next().unwrap().chars().next().unwrap()
 }
 
-/// Stops a process, and waits until it has stopped.
+/// Stops a process, unless it has ended, and waits until it has stopped.
 #[cfg(target_os = "linux")]
 fn stop(pid: Pid) {
-    kill(pid, Signal::SIGSTOP).unwrap();
-    while state(pid) != 'T' {
-        assert_ne!(state(pid), 'Z', "it ended early");
+    let _ = kill(pid, Signal::SIGSTOP);
+    while !['T', 'Z'].contains(&state(pid)) {
         thread::sleep(Duration::from_millis(1));
     }
 }

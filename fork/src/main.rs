@@ -12,7 +12,7 @@ use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
 fn main() -> Result<(), Error> {
     println!("Process ({}) start...", getpid());
-    io::stdout().flush().map_err(failed("flush"))?; // or the child prints what is in the buffer too
+    io::stdout().flush().map_err(failed("flush"))?; // the child would print what is left, too
     // Only works on Unix/Linux/Mac:
     // SAFETY: this process has a single thread, so its child may do whatever it may do itself.
     match unsafe { fork() }.map_err(failed("fork"))? {
@@ -25,7 +25,7 @@ fn main() -> Result<(), Error> {
         }
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            wait(child)?; // or the child may find its parent gone; Python exits too slowly for it
+            wait(child)?; // or the child may find it gone; in Python the parent exits too slowly
         }
     }
     Ok(())

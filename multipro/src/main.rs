@@ -47,12 +47,13 @@ impl<A> Process<A> {
 
     /// Stands in for `Process.start()`: forks a child that runs the target and ends with it.
     ///
-    /// The child has its own copy of the parent's memory, and shares its open files. The caller
-    /// must see to it that this process has a single thread: a lock that another one holds would
-    /// never be released in the child. Fails if standard output cannot be flushed or on fork(2);
-    /// then there is no child.
+    /// The child has its own copy of the parent's memory, and shares its open files. If it
+    /// draws random numbers by `rand`, it must call `rand::rng().reseed()` first.
+    /// The caller must see to it, as the compiler does not, that this process has a single thread:
+    /// a lock that another one holds would never be released in the child. Fails if standard output
+    /// cannot be flushed or fork(2) fails; then there is no child.
     fn start(self) -> Result<Child, Error> {
-        io::stdout().flush().map_err(failed("flush"))?; // or the child prints the buffer's rest too
+        io::stdout().flush().map_err(failed("flush"))?; // the child would print what is left, too
         // SAFETY: the caller sees to it that this process has a single thread, so its child may do
         // whatever it may do itself.
         match unsafe { fork() }.map_err(failed("fork"))? {
@@ -90,8 +91,8 @@ impl Drop for Child {
     }
 }
 
-/// Stands in for `Process._bootstrap()`: runs `run` in a child and ends the child with it, by
-/// status 0 if it returns `Ok`, and by status 1 if it fails or panics, which is then shown.
+/// Stands in for `Process._bootstrap()`: runs `run` in a child, and ends the child with status 0 if
+/// it returns `Ok`, or else, after showing why, with status 1.
 ///
 /// The child never gets to the code, the destructors and the exit handlers of its parent.
 fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {

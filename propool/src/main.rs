@@ -4,10 +4,11 @@
 //! Run it with `cargo run -p propool`.
 
 use std::fs::File;
-use std::io::{self, ErrorKind, Read, Write};
+use std::io::{self, Read, Write};
+use std::mem::ManuallyDrop;
 use std::panic::{self, AssertUnwindSafe};
 use std::time::{Duration, Instant};
-use std::{fmt, mem, ptr, thread};
+use std::{fmt, mem, thread};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -31,7 +32,7 @@ fn main() -> Result<(), Error> {
     println!("Parent process {}.", getpid());
     let mut p = Pool::new(4)?;
     for i in 0..5 {
-        p.apply_async(long_time_task, i)?;
+        p.apply_async(long_time_task, i);
     }
     println!("Waiting for all subprocesses done...");
     let p = p.close();
@@ -49,67 +50,63 @@ fn main() -> Result<(), Error> {
 /// is the same in a fork of this program, and an argument.
 struct Pool {
     tasks: File, // the write end
-    workers: Workers,
+    closed: ClosedPool,
 }
 
 /// What goes through the pipe; with the address 0 it is no task, but tells one worker to stop.
 type Task = [[u8; size_of::<usize>()]; 2];
 
 impl Pool {
-    /// Stands in for `Pool(processes)`: forks so many workers, at least one, before any task.
+    /// Stands in for `Pool(processes)`: forks that many workers, before any task. It must not be 0.
     ///
-    /// The caller must see to it that this process has a single thread: a lock that another one
-    /// holds would never be released in a worker. Fails if standard output cannot be flushed or on
-    /// pipe(2), fcntl(2) or fork(2); then no worker is left.
+    /// The caller must see to it, as the compiler does not, that this process has a single thread:
+    /// a lock that another one holds would never be released in a worker. Fails if standard output
+    /// cannot be flushed, or pipe(2), fcntl(2) or fork(2) fails; then no worker is left.
     fn new(processes: usize) -> Result<Self, Error> {
         let (task_reader, tasks) = pipe()?;
         let (reports, report_writer) = pipe()?;
-        let mut workers = Workers {
-            pids: Vec::new(),
-            reports,
-            handed_out: 0,
-        };
-        io::stdout().flush().map_err(failed("flush"))?; // or workers print the buffer's rest too
+        let mut workers = Vec::new();
+        io::stdout().flush().map_err(failed("flush"))?; // workers would print what is left, too
         let parent = getpid();
         for _ in 0..processes {
             // SAFETY: the caller sees to it that this process has a single thread, so its child may
             // do whatever it may do itself.
             match unsafe { fork() }.map_err(failed("fork"))? {
                 ForkResult::Child => {
-                    drop(tasks); // unused here; left open, it would hold off the end-of-file
+                    drop((tasks, reports)); // unused here; `tasks` would hold off the end-of-file
                     bootstrap(|| work(parent, task_reader, report_writer))
                 }
-                ForkResult::Parent { child } => workers.pids.push(child),
+                ForkResult::Parent { child } => workers.push(Child { pid: child }),
             }
         }
         // `task_reader` and `report_writer` close here, unused in the parent; left open, they would
         // hide that no worker is left to take a task, or to report.
-        Ok(Pool { tasks, workers })
+        let closed = ClosedPool {
+            workers,
+            reports,
+            handed_out: 0,
+        };
+        Ok(Pool { tasks, closed })
     }
 
     /// Stands in for `Pool.apply_async(func, args=(arg,))`: hands a task to whoever is free first.
     ///
-    /// Does not wait for the task, only for room in the pipe, which holds some thousand tasks.
-    /// Fails if no worker is left, and says how they ended.
-    fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Error> {
-        let address = (func as *const ()).expose_provenance();
-        let task: Task = [address, arg].map(usize::to_ne_bytes);
-        match self.tasks.write_all(task.as_flattened()) {
-            Err(cause) if cause.kind() == ErrorKind::BrokenPipe => self.workers.reap()?,
-            result => result.map_err(failed("hand out a task"))?,
-        }
-        self.workers.handed_out += 1;
-        Ok(())
+    /// Does not wait for the task, only for room in the pipe, which on Linux holds 4,096 tasks. A
+    /// task that no worker is left to take counts as failed in `join`.
+    fn apply_async(&mut self, func: fn(usize), arg: usize) {
+        let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
+        let _ = self.tasks.write_all(task.as_flattened()); // `join` says why no worker is left
+        self.closed.handed_out += 1;
     }
 
     /// Stands in for `Pool.close()`: no more tasks; each worker ends when it finds none left.
-    fn close(mut self) -> Workers {
+    fn close(mut self) -> ClosedPool {
         // End-of-file would tell them, too, if nothing that was forked meanwhile, such as a second
-        // pool, had this write end. If no worker is left to be told, `join` says so.
-        for _ in &self.workers.pids {
-            let _ = self.tasks.write_all(Task::default().as_flattened());
+        // pool, had this write end.
+        for _ in &self.closed.workers {
+            let _ = self.tasks.write_all(Task::default().as_flattened()); // if one is left to tell
         }
-        self.workers
+        self.closed
     }
 }
 
@@ -117,7 +114,7 @@ impl Pool {
 ///
 /// Fails if the random number generator cannot be seeded anew.
 fn work(parent: Pid, mut tasks: File, mut reports: File) -> Result<(), Error> {
-    rand::rng().reseed().map_err(failed("reseed"))?; // or all workers draw the same numbers
+    rand::rng().reseed().map_err(failed("reseed"))?; // or all may draw the same numbers
     let mut returned: usize = 0;
     let mut task = Task::default();
     // When the parent has died, there is an end-of-file, but there may be tasks before it.
@@ -126,39 +123,44 @@ fn work(parent: Pid, mut tasks: File, mut reports: File) -> Result<(), Error> {
         if address == 0 {
             break;
         }
-        let address = ptr::with_exposed_provenance::<()>(address);
         // SAFETY: `apply_async` got this address from a `fn(usize)` of this very program.
-        let func = unsafe { mem::transmute::<*const (), fn(usize)>(address) };
+        let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
         let ended = panic::catch_unwind(|| func(arg)); // a panic ends the task, not the worker
-        let flushed = io::stdout().flush();
-        returned += usize::from(ended.is_ok() && flushed.is_ok());
+        returned += usize::from(ended.is_ok());
     }
-    let _ = reports.write_all(&returned.to_ne_bytes()); // tasks not reported count as failed
+    // What is not reported, as when the tasks' output cannot be written, counts as failed.
+    match io::stdout().flush() {
+        Ok(()) => drop(reports.write_all(&returned.to_ne_bytes())),
+        Err(cause) => drop(writeln!(io::stderr(), "Error: flush: {cause}")),
+    }
     Ok(())
 }
 
 /// Stands in for a `multiprocessing.Pool` after its `close`.
-///
-/// If it, or a `Pool`, is dropped, the workers are killed and reaped, as Python does.
 #[must_use = "only `join` returns whether all tasks were done"]
-struct Workers {
-    pids: Vec<Pid>, // not reaped yet
-    reports: File,  // the read end
+struct ClosedPool {
+    workers: Vec<Child>,
+    reports: File, // the read end
     handed_out: usize,
 }
 
-impl Workers {
+impl ClosedPool {
     /// Stands in for `Pool.join()`: waits until all workers have ended, and reaps them.
     ///
     /// Fails, and says how they ended, if workers died, or else says how many tasks failed.
     fn join(mut self) -> Result<(), Error> {
-        self.reap()?;
         let mut failures = self.handed_out;
         let mut returned = usize::MIN.to_ne_bytes();
         while self.reports.read_exact(&mut returned).is_ok() {
             failures -= usize::from_ne_bytes(returned);
         }
+        let ends = self
+            .workers
+            .into_iter()
+            .filter_map(|worker| worker.join().err());
+        let ends: Vec<_> = ends.map(|Error(end)| end).collect();
         match failures {
+            _ if !ends.is_empty() => Err(Error(ends.join(", "))),
             0 => Ok(()),
             _ => Err(Error(format!(
                 "{failures} of {} tasks failed",
@@ -166,24 +168,27 @@ impl Workers {
             ))),
         }
     }
+}
 
-    fn reap(&mut self) -> Result<(), Error> {
-        let failures = self.pids.drain(..).filter_map(|pid| wait(pid).err());
-        let failures: Vec<_> = failures.map(|Error(failure)| failure).collect();
-        if failures.is_empty() {
-            Ok(())
-        } else {
-            Err(Error(failures.join(", ")))
-        }
+/// A worker. One that is dropped, with its pool, is killed, as Python does; a bad end before that,
+/// but by SIGKILL, shows on stderr.
+struct Child {
+    pid: Pid,
+}
+
+impl Child {
+    /// Waits until the worker has ended, and reaps it. Fails if it died.
+    fn join(self) -> Result<(), Error> {
+        wait(ManuallyDrop::new(self).pid, None) // a child is reaped once: here, then not in `drop`
     }
 }
 
-impl Drop for Workers {
+impl Drop for Child {
     fn drop(&mut self) {
-        for &pid in &self.pids {
-            let _ = kill(pid, Signal::SIGKILL); // not reaped yet, so that the pid is still its own
+        let _ = kill(self.pid, Signal::SIGKILL); // not reaped yet, so the pid is still its own
+        if let Err(error) = wait(self.pid, Some(Signal::SIGKILL)) {
+            let _ = writeln!(io::stderr(), "Error: {error:?}"); // there is nobody else to tell
         }
-        let _ = self.reap(); // how they ended is known
     }
 }
 
@@ -198,8 +203,8 @@ fn pipe() -> Result<(File, File), Error> {
     Ok((reader.into(), writer.into()))
 }
 
-/// Stands in for `Process._bootstrap()`: runs `run` in a child and ends the child with it, by
-/// status 0 if it returns `Ok`, and by status 1 if it fails or panics, which is then shown.
+/// Stands in for `Process._bootstrap()`: runs `run` in a child, and ends the child with status 0 if
+/// it returns `Ok`, or else, after showing why, with status 1.
 ///
 /// The child never gets to the code, the destructors and the exit handlers of its parent.
 fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
@@ -213,11 +218,12 @@ fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
 
 /// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it.
 ///
-/// Fails, and says how it ended, unless it exited with status 0.
-fn wait(pid: Pid) -> Result<(), Error> {
+/// Fails, and says how it ended, unless it exited with status 0 or was killed by `sent`.
+fn wait(pid: Pid, sent: Option<Signal>) -> Result<(), Error> {
     loop {
         let end = match waitpid(pid, None) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+            Ok(WaitStatus::Signaled(_, signal, _)) if Some(signal) == sent => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
             Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet

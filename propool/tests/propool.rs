@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -149,29 +150,31 @@ fn a_task_goes_to_a_worker_that_is_free() {
     }
 }
 
+/// A task that has ended before it is stopped shows nothing, so there are three attempts to stop at
+/// least one of four; if the time was not measured, none will do.
 #[test]
 #[cfg(target_os = "linux")]
 fn the_time_of_a_task_is_measured() {
-    let (mut run, workers) = Run::held(ROOM);
-    let mut lines: Vec<String> = Vec::new();
-    while lines.iter().filter(|line| line.starts_with("Run")).count() < 4 {
-        lines.push(run.line().unwrap());
-    }
-    for &worker in &workers {
-        while state(worker) == 'R' {
-            thread::sleep(Duration::from_millis(1)); // it has not begun to sleep yet
+    let mut attempts = (0..3).map(|_| {
+        let (mut run, workers) = Run::held(ROOM);
+        let mut lines: Vec<String> = Vec::new();
+        while lines.iter().filter(|line| line.starts_with("Run")).count() < 4 {
+            lines.push(run.line().unwrap());
         }
-        stop(worker);
-    }
-    thread::sleep(Duration::from_millis(3500)); // longer than any of them can sleep
-    killpg(run.pid(), Signal::SIGCONT).unwrap();
-    lines.extend(run.end().lines);
-    lines.retain(|line| line.contains("task") || line.starts_with("Task"));
-    let seconds = Tasks::of(&lines).seconds;
-    assert!(
-        seconds.values().any(|seconds| *seconds >= 3.5),
-        "no stopped task is as long: {lines:?}"
-    );
+        for &worker in &workers {
+            while state(worker) == 'R' {
+                thread::sleep(Duration::from_millis(1)); // it has not begun to sleep yet
+            }
+            stop(worker);
+        }
+        thread::sleep(Duration::from_millis(3500)); // longer than any of them can sleep
+        killpg(run.pid(), Signal::SIGCONT).unwrap();
+        lines.extend(run.end().lines);
+        lines.retain(|line| line.contains("task") || line.starts_with("Task"));
+        Tasks::of(&lines).seconds
+    });
+    let measured = attempts.any(|seconds| seconds.values().any(|seconds| *seconds >= 3.5));
+    assert!(measured, "no task that was stopped is as long as that");
 }
 
 #[test]
@@ -224,7 +227,7 @@ fn a_worker_outlives_a_task_that_panics() {
         stop(worker);
     }
     while run.line().expect("the parent's line") != "Waiting for all subprocesses done..." {}
-    run.output = None;
+    run.close();
     killpg(run.pid(), Signal::SIGCONT).unwrap();
     let end = run.end();
     assert_eq!(end.status.code(), Some(1), "{end:?}");
@@ -243,7 +246,7 @@ fn a_worker_outlives_a_task_that_panics() {
 #[cfg(target_os = "linux")]
 fn the_workers_end_when_the_parent_was_killed() {
     let (run, _) = Run::held(ROOM);
-    kill(run.pid(), Signal::SIGKILL).unwrap();
+    run.kill_parent();
     let end = run.end();
     assert_eq!(end.errors, "", "they end quietly");
     let begun = end
@@ -258,7 +261,7 @@ fn the_workers_end_when_the_parent_was_killed() {
 #[cfg(target_os = "linux")]
 fn the_workers_end_when_the_parent_cannot_print() {
     let (mut run, _) = Run::held(ROOM);
-    run.output = None;
+    run.close();
     let end = run.end();
     assert_eq!(end.status.code(), Some(101), "{end:?}");
 }
@@ -272,10 +275,13 @@ fn a_full_disk_is_no_success() {
 
 /// Enough for the parent's first line, and too little for another one after it.
 #[cfg(target_os = "linux")]
-const ROOM: i32 = 24;
+const ROOM: u64 = 24;
 
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
+
+/// Held to start a run, and to close an output: meanwhile, a run that is being started has a copy.
+static START: Mutex<()> = Mutex::new(());
 
 /// A run of the demo, in a process group of its own; one that hangs is killed and fails its test.
 struct Run {
@@ -298,6 +304,7 @@ impl Run {
     fn start(script: &str) -> Run {
         #[cfg(target_os = "linux")] // a child that nobody waited for then shows in `end`
         nix::sys::prctl::set_child_subreaper(true).unwrap();
+        let _start = START.lock();
         let mut parent = Command::new("/bin/sh")
             .args(["-c", script, env!("CARGO_BIN_EXE_propool")])
             .env("RUST_BACKTRACE", "0")
@@ -311,9 +318,11 @@ impl Run {
         let group = Pid::from_raw(parent.id().try_into().unwrap());
         let (over, watched) = mpsc::channel();
         let watchdog = thread::spawn(move || {
-            let hangs = watched.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout);
-            let _ = killpg(group, Signal::SIGKILL); // also what a failed test leaves behind
-            hangs
+            let over = watched.recv_timeout(DEADLINE);
+            if over.is_err() {
+                let _ = killpg(group, Signal::SIGKILL); // it hangs, or the test has failed
+            }
+            over == Err(RecvTimeoutError::Timeout)
         });
         Run {
             parent,
@@ -339,6 +348,13 @@ impl Run {
         (!text.is_empty()).then(|| text.trim_end().to_string())
     }
 
+    /// Closes its output, so that it cannot print any more.
+    #[cfg(target_os = "linux")]
+    fn close(&mut self) {
+        let _start = START.lock();
+        self.output = None;
+    }
+
     /// Waits until all its processes have ended, and the parent has reaped its children.
     fn end(mut self) -> End {
         let lines = iter::from_fn(|| self.line()).collect();
@@ -351,7 +367,7 @@ impl Run {
             .unwrap();
         let status = self.parent.wait().unwrap();
         let orphaned = status.signal().is_none() && killpg(self.pid(), None).is_ok();
-        drop(self.over);
+        let _ = self.over.send(());
         assert!(
             !self.watchdog.join().unwrap(),
             "it hangs: {lines:?} {errors}"
@@ -367,15 +383,31 @@ impl Run {
         }
     }
 
+    /// Kills the parent, and waits until it is dead.
+    #[cfg(target_os = "linux")]
+    fn kill_parent(&self) {
+        kill(self.pid(), Signal::SIGKILL).unwrap();
+        while state(self.pid()) != 'Z' {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Makes the pipe of its output as small as it can be, and returns its size.
+    #[cfg(target_os = "linux")]
+    fn shrink(&self) -> u64 {
+        let output = self.output.as_ref().unwrap().get_ref().as_raw_fd();
+        // SAFETY: the call gets numbers only; no memory of this process is touched.
+        let size = unsafe { libc::fcntl(output, libc::F_SETPIPE_SZ, 1) };
+        size.try_into().unwrap()
+    }
+
     /// Runs the demo with an output that has room for `room` bytes and is not read before the next
     /// `line`: whoever prints more waits. Returns the children that the parent has made by then.
     #[cfg(target_os = "linux")]
-    fn held(room: i32) -> (Run, Vec<Pid>) {
+    fn held(room: u64) -> (Run, Vec<Pid>) {
         let mut run = Run::start("read -r filler; printf \"%${filler}s\"; exec \"$0\"");
-        let output = run.output.as_ref().unwrap().get_ref().as_raw_fd();
-        // SAFETY: no memory is passed; the pipe becomes as small as it can be.
-        let size = unsafe { libc::fcntl(output, libc::F_SETPIPE_SZ, 1) };
-        writeln!(run.parent.stdin.take().unwrap(), "{}", size - room).unwrap();
+        let filler = run.shrink() - room;
+        writeln!(run.parent.stdin.take().unwrap(), "{filler}").unwrap();
         let children = format!("/proc/{0}/task/{0}/children", run.pid());
         let children = || fs::read_to_string(&children).unwrap();
         while children().is_empty() || state(run.pid()) != 'S' {
@@ -398,12 +430,11 @@ fn state(pid: Pid) -> char {
     stat.rsplit(") ").next().unwrap().chars().next().unwrap()
 }
 
-/// Stops a process, and waits until it has stopped.
+/// Stops a process, unless it has ended, and waits until it has stopped.
 #[cfg(target_os = "linux")]
 fn stop(pid: Pid) {
-    kill(pid, Signal::SIGSTOP).unwrap();
-    while state(pid) != 'T' {
-        assert_ne!(state(pid), 'Z', "it ended early");
+    let _ = kill(pid, Signal::SIGSTOP);
+    while !['T', 'Z'].contains(&state(pid)) {
         thread::sleep(Duration::from_millis(1));
     }
 }

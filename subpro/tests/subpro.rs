@@ -159,11 +159,13 @@ impl Run {
         let group = parent.id();
         let (over, watched) = mpsc::channel();
         let watchdog = thread::spawn(move || {
-            let hangs = watched.recv_timeout(DEADLINE) == Err(RecvTimeoutError::Timeout);
-            let _fork = FORK.lock();
-            let kill = format!("kill -KILL -{group} 2>/dev/null"); // also what a failed test leaves
-            let _ = Command::new("/bin/sh").args(["-c", &kill]).status();
-            hangs
+            let over = watched.recv_timeout(DEADLINE);
+            if over.is_err() {
+                let _fork = FORK.lock();
+                let kill = format!("kill -KILL -{group}"); // it hangs, or the test has failed
+                let _ = Command::new("/bin/sh").args(["-c", &kill]).status();
+            }
+            over == Err(RecvTimeoutError::Timeout)
         });
         Run {
             parent,
@@ -195,7 +197,7 @@ impl Run {
             .read_to_string(&mut errors)
             .unwrap();
         let status = self.parent.wait().unwrap();
-        drop(self.over);
+        let _ = self.over.send(());
         assert!(
             !self.watchdog.join().unwrap(),
             "it hangs: {lines:?} {errors}"
