@@ -235,7 +235,8 @@ fn all_end_when_nobody_can_print() {
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Held to start a run, and to close an output: meanwhile, a run that is being started has a copy.
+/// Held to start a run, and to close an output: a run that is being started has copies of the
+/// outputs of all others, until its shell runs.
 static START: Mutex<()> = Mutex::new(());
 
 /// A run of the demo, in a process group of its own; one that hangs is killed and fails its test.
@@ -261,7 +262,11 @@ impl Run {
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let _start = START.lock();
         let mut parent = Command::new("/bin/sh")
-            .args(["-c", script, env!("CARGO_BIN_EXE_commu")])
+            .args([
+                "-c",
+                &format!("echo; {script}"),
+                env!("CARGO_BIN_EXE_commu"),
+            ])
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdin(Stdio::piped())
@@ -269,7 +274,8 @@ impl Run {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let output = parent.stdout.take().map(BufReader::new);
+        let mut output = BufReader::new(parent.stdout.take().unwrap());
+        output.read_line(&mut String::new()).unwrap(); // the shell's `echo`
         let group = Pid::from_raw(parent.id().try_into().unwrap());
         let (over, watched) = mpsc::channel();
         let watchdog = thread::spawn(move || {
@@ -281,7 +287,7 @@ impl Run {
         });
         Run {
             parent,
-            output,
+            output: Some(output),
             over,
             watchdog,
         }

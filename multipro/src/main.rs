@@ -47,11 +47,11 @@ impl<A> Process<A> {
 
     /// Stands in for `Process.start()`: forks a child that runs the target and ends with it.
     ///
-    /// The child has its own copy of the parent's memory, and shares its open files. If it
-    /// draws random numbers by `rand`, it must call `rand::rng().reseed()` first.
-    /// The caller must see to it, as the compiler does not, that this process has a single thread:
-    /// a lock that another one holds would never be released in the child. Fails if standard output
-    /// cannot be flushed or fork(2) fails; then there is no child.
+    /// The child has its own copy of the parent's memory, and shares its open files. If it draws
+    /// random numbers from `rand`, it must call `rand::rng().reseed()` first. The caller must see
+    /// to it, as the compiler does not, that this process has a single thread: a lock that another
+    /// one holds would never be released in the child. Fails if standard output cannot be flushed
+    /// or fork(2) fails; then there is no child.
     fn start(self) -> Result<Child, Error> {
         io::stdout().flush().map_err(failed("flush"))?; // the child would print what is left, too
         // SAFETY: the caller sees to it that this process has a single thread, so its child may do

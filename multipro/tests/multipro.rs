@@ -123,7 +123,8 @@ fn a_full_disk_is_no_success() {
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
-/// Held to start a run, and to close an output: meanwhile, a run that is being started has a copy.
+/// Held to start a run, and to close an output: a run that is being started has copies of the
+/// outputs of all others, until its shell runs.
 static START: Mutex<()> = Mutex::new(());
 
 /// A run of the demo, in a process group of its own; one that hangs is killed and fails its test.
@@ -149,7 +150,11 @@ impl Run {
         nix::sys::prctl::set_child_subreaper(true).unwrap();
         let _start = START.lock();
         let mut parent = Command::new("/bin/sh")
-            .args(["-c", script, env!("CARGO_BIN_EXE_multipro")])
+            .args([
+                "-c",
+                &format!("echo; {script}"),
+                env!("CARGO_BIN_EXE_multipro"),
+            ])
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdin(Stdio::piped())
@@ -157,7 +162,8 @@ impl Run {
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
-        let output = parent.stdout.take().map(BufReader::new);
+        let mut output = BufReader::new(parent.stdout.take().unwrap());
+        output.read_line(&mut String::new()).unwrap(); // the shell's `echo`
         let group = Pid::from_raw(parent.id().try_into().unwrap());
         let (over, watched) = mpsc::channel();
         let watchdog = thread::spawn(move || {
@@ -169,7 +175,7 @@ impl Run {
         });
         Run {
             parent,
-            output,
+            output: Some(output),
             over,
             watchdog,
         }

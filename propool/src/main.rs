@@ -147,25 +147,24 @@ struct ClosedPool {
 impl ClosedPool {
     /// Stands in for `Pool.join()`: waits until all workers have ended, and reaps them.
     ///
-    /// Fails, and says how they ended, if workers died, or else says how many tasks failed.
+    /// Fails if workers died, and says how, or else if tasks failed, and says how many.
     fn join(mut self) -> Result<(), Error> {
         let mut failures = self.handed_out;
-        let mut returned = usize::MIN.to_ne_bytes();
+        let mut returned = [0; size_of::<usize>()];
         while self.reports.read_exact(&mut returned).is_ok() {
             failures -= usize::from_ne_bytes(returned);
         }
-        let ends = self
-            .workers
-            .into_iter()
-            .filter_map(|worker| worker.join().err());
-        let ends: Vec<_> = ends.map(|Error(end)| end).collect();
-        match failures {
-            _ if !ends.is_empty() => Err(Error(ends.join(", "))),
-            0 => Ok(()),
-            _ => Err(Error(format!(
-                "{failures} of {} tasks failed",
-                self.handed_out
-            ))),
+        let mut ends = Vec::new();
+        for worker in self.workers {
+            ends.extend(worker.join().err().map(|Error(end)| end));
+        }
+        if ends.is_empty() && failures > 0 {
+            ends.push(format!("{failures} of {} tasks failed", self.handed_out));
+        }
+        if ends.is_empty() {
+            Ok(())
+        } else {
+            Err(Error(ends.join(", ")))
         }
     }
 }
