@@ -14,7 +14,7 @@ use std::{fmt, thread};
 use nix::errno::Errno;
 use nix::libc::_exit;
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, getpid};
 
 // The code that the writing process runs:
@@ -176,7 +176,7 @@ impl<A> Process<A> {
 /// Stands in for a `multiprocessing.Process` after its start.
 ///
 /// One that is dropped is terminated, as Python does with daemonic processes when it exits; a bad
-/// end before that, but by SIGTERM, shows on stderr.
+/// end before that shows on stderr.
 #[must_use = "only `join` and `terminate` return how it ended"]
 struct Child {
     pid: Pid,
@@ -187,27 +187,20 @@ impl Child {
     ///
     /// Fails if the child failed, panicked, died of a signal or exited with a status other than 0.
     fn join(self) -> Result<(), Error> {
-        wait(ManuallyDrop::new(self).pid, None) // a child is reaped once: here, then not in `drop`
+        wait(ManuallyDrop::new(self).pid, None) // reaped here, then not in `drop`
     }
 
     /// Stands in for `Process.terminate()`: ends the child by SIGTERM, and reaps it.
     ///
-    /// Fails if the child had come to a bad end before, but by SIGTERM.
+    /// Fails if the child had come to a bad end before.
     fn terminate(self) -> Result<(), Error> {
-        ManuallyDrop::new(self).end() // a child is reaped once: here, then not in `drop`
-    }
-
-    fn end(&self) -> Result<(), Error> {
-        // The child has not been reaped yet, so the pid is still its own.
-        kill(self.pid, Signal::SIGTERM).map_err(failed("kill"))?;
-        kill(self.pid, Signal::SIGCONT).map_err(failed("kill"))?; // or a stopped child stays so
-        wait(self.pid, Some(Signal::SIGTERM))
+        wait(ManuallyDrop::new(self).pid, Some(Signal::SIGTERM)) // reaped here, then not in `drop`
     }
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
-        if let Err(error) = self.end() {
+        if let Err(error) = wait(self.pid, Some(Signal::SIGTERM)) {
             let _ = writeln!(io::stderr(), "Error: {error:?}"); // there is nobody else to tell
         }
     }
@@ -228,12 +221,21 @@ fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
     unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(()))))) }
 }
 
-/// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it.
+/// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it. With a
+/// `signal`, that is sent first if the child is still alive, as by `os.kill(pid, signal)`.
 ///
-/// Fails, and says how it ended, unless it exited with status 0 or was killed by `sent`.
-fn wait(pid: Pid, sent: Option<Signal>) -> Result<(), Error> {
+/// Fails, and says how it ended, unless it exited with status 0 or was killed by that signal.
+fn wait(pid: Pid, mut signal: Option<Signal>) -> Result<(), Error> {
+    let mut sent = None;
     loop {
-        let end = match waitpid(pid, None) {
+        let end = match waitpid(pid, signal.map(|_| WaitPidFlag::WNOHANG)) {
+            Ok(WaitStatus::StillAlive) => {
+                // Not reaped yet, so the pid is still its own.
+                kill(pid, signal).map_err(failed("kill"))?;
+                kill(pid, Signal::SIGCONT).map_err(failed("kill"))?; // or a stopped child stays so
+                sent = signal.take();
+                continue;
+            }
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
             Ok(WaitStatus::Signaled(_, signal, _)) if Some(signal) == sent => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),

@@ -135,10 +135,14 @@ fn the_reader_is_ended_by_sigterm() {
 #[test]
 #[cfg(target_os = "linux")]
 fn a_reader_killed_before_the_first_value_is_reported() {
-    for signal in [Signal::SIGKILL, Signal::SIGABRT] {
+    for signal in [Signal::SIGKILL, Signal::SIGABRT, Signal::SIGTERM] {
         let (run, writer, reader) = Run::stopped();
         kill(reader, signal).unwrap();
-        killpg(run.pid(), Signal::SIGCONT).unwrap();
+        kill(reader, Signal::SIGCONT).unwrap(); // it is stopped, and would stay so
+        while state(reader) != 'Z' {
+            thread::sleep(Duration::from_millis(1));
+        }
+        kill(writer, Signal::SIGCONT).unwrap();
         let end = run.end();
         assert_eq!(end.status.code(), Some(1), "{end:?}");
         let reader = format!(

@@ -79,7 +79,7 @@ impl Child {
     ///
     /// Fails if the child panicked, died of a signal or exited with a status other than 0.
     fn join(self) -> Result<(), Error> {
-        wait(ManuallyDrop::new(self).pid) // a child is reaped once: here, and then not in `drop`
+        wait(ManuallyDrop::new(self).pid) // reaped here, then not in `drop`
     }
 }
 

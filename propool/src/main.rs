@@ -169,8 +169,7 @@ impl ClosedPool {
     }
 }
 
-/// A worker. One that is dropped, with its pool, is killed, as Python does; a bad end before that,
-/// but by SIGKILL, shows on stderr.
+/// A worker. One that is dropped, with its pool, is killed and reaped, as Python does.
 struct Child {
     pid: Pid,
 }
@@ -178,16 +177,14 @@ struct Child {
 impl Child {
     /// Waits until the worker has ended, and reaps it. Fails if it died.
     fn join(self) -> Result<(), Error> {
-        wait(ManuallyDrop::new(self).pid, None) // a child is reaped once: here, then not in `drop`
+        wait(ManuallyDrop::new(self).pid) // reaped here, then not in `drop`
     }
 }
 
 impl Drop for Child {
     fn drop(&mut self) {
         let _ = kill(self.pid, Signal::SIGKILL); // not reaped yet, so the pid is still its own
-        if let Err(error) = wait(self.pid, Some(Signal::SIGKILL)) {
-            let _ = writeln!(io::stderr(), "Error: {error:?}"); // there is nobody else to tell
-        }
+        let _ = wait(self.pid); // it was killed just now
     }
 }
 
@@ -217,12 +214,11 @@ fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
 
 /// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it.
 ///
-/// Fails, and says how it ended, unless it exited with status 0 or was killed by `sent`.
-fn wait(pid: Pid, sent: Option<Signal>) -> Result<(), Error> {
+/// Fails, and says how it ended, unless it exited with status 0.
+fn wait(pid: Pid) -> Result<(), Error> {
     loop {
         let end = match waitpid(pid, None) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::Signaled(_, signal, _)) if Some(signal) == sent => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
             Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
