@@ -97,7 +97,7 @@ impl Queue {
     /// Stands in for `Queue.get(True)`: waits for the next value and takes it.
     ///
     /// Closes the write end of this process. Fails if nobody is left to `put`, or if this process
-    /// has done so.
+    /// has closed its read end.
     fn get(&self) -> Result<String, Error> {
         self.write_end.take(); // unused here; left open, it would hold off the end-of-file
         let mut end = &*open(&self.read_end)?;
