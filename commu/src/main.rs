@@ -96,22 +96,22 @@ impl Queue {
 
     /// Stands in for `Queue.get(True)`: waits for the next value and takes it.
     ///
-    /// Closes the write end of this process. Fails if nobody is left to `put`, or if this process
-    /// has closed its read end.
+    /// Closes the write end of this process, so all writers must have been started. Fails if none
+    /// is left, or if this process has closed its read end.
     fn get(&self) -> Result<String, Error> {
         self.write_end.take(); // unused here; left open, it would hold off the end-of-file
         let mut end = &*open(&self.read_end)?;
-        let ended = "get from a queue whose writers have ended";
+        let ended = |_| Error("get from the queue: all writers have ended".to_string());
         let mut length = JOIN;
-        end.read_exact(&mut length).map_err(failed(ended))?;
+        end.read_exact(&mut length).map_err(ended)?;
         while length == JOIN {
             io::stdout().flush().map_err(failed("flush"))?; // SIGTERM does not, and comes next
-            end.write_all(&[0]).map_err(failed(ended))?;
-            end.read_exact(&mut length).map_err(failed(ended))?;
+            end.write_all(&[0]).map_err(ended)?;
+            end.read_exact(&mut length).map_err(ended)?;
         }
         let mut value = vec![0; usize::from_ne_bytes(length)];
-        end.read_exact(&mut value).map_err(failed(ended))?;
-        String::from_utf8(value).map_err(failed("get from a queue"))
+        end.read_exact(&mut value).map_err(ended)?;
+        String::from_utf8(value).map_err(failed("get from the queue"))
     }
 
     /// Stands in for `JoinableQueue.join()`: waits until the reader has dealt with every value that
@@ -123,7 +123,7 @@ impl Queue {
         self.close_read_end(); // unused here; left open, it would hide that the reader has died
         let mut end = &*open(&self.write_end)?;
         let answered = end.write_all(&JOIN).and_then(|()| end.read_exact(&mut [0]));
-        answered.map_err(failed("join a queue whose reader has ended"))
+        answered.map_err(|_| Error("join the queue: its reader has ended".to_string()))
     }
 
     /// For a process that never calls `get`, once the one that does has been started.
