@@ -59,8 +59,8 @@ fn main() -> Result<(), Error> {
 /// Stands in for `multiprocessing.Queue`, and for `JoinableQueue` with its `join`.
 ///
 /// Carries texts of any length, in order, to the one process that calls `get`, from processes that
-/// `put` one at a time; all of them forked from the process that made the queue, or that one. They
-/// go through a pipe that is open both ways, as `multiprocessing.Pipe()` is: `join` is answered.
+/// `put` one at a time; each of them is the process that made the queue or forked from it. They go
+/// through a pipe that is open both ways, as `multiprocessing.Pipe()` is: `join` is answered.
 ///
 /// A process that neither puts nor gets keeps both ends open, so that the others do not learn of
 /// each other's end: use a single queue, and let every child use it. If a writer is killed, a part
@@ -155,10 +155,10 @@ impl<A> Process<A> {
 
     /// Stands in for `Process.start()`: forks a child that runs the target and ends with it.
     ///
-    /// The child has its own copy of the parent's memory, and shares its open files.
-    /// The caller must see to it, as the compiler does not, that this process has a single thread:
-    /// a lock that another one holds would never be released in the child. Fails if standard output
-    /// cannot be flushed or fork(2) fails; then there is no child.
+    /// The child has its own copy of the parent's memory, and shares its open files. The caller must
+    /// see to it, as the compiler does not, that this process has a single thread: a lock that
+    /// another one holds would never be released in the child. Fails if standard output cannot be
+    /// flushed or fork(2) fails; then there is no child.
     fn start(self) -> Result<Child, Error> {
         io::stdout().flush().map_err(failed("flush"))?; // the child would print what is left, too
         // SAFETY: the caller sees to it that this process has a single thread, so its child may do
@@ -224,7 +224,8 @@ fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
 /// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it. With a
 /// `signal`, that is sent first if the child is still alive, as by `os.kill(pid, signal)`.
 ///
-/// Fails, and says how it ended, unless it exited with status 0 or was killed by that signal.
+/// Fails, and says how it ended, unless it exited with status 0 or was killed by that signal. If it
+/// was just dying of the same signal from elsewhere, there is no telling the two apart.
 fn wait(pid: Pid, mut signal: Option<Signal>) -> Result<(), Error> {
     let mut sent = None;
     loop {
@@ -237,9 +238,9 @@ fn wait(pid: Pid, mut signal: Option<Signal>) -> Result<(), Error> {
                 continue;
             }
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::Signaled(_, signal, _)) if Some(signal) == sent => return Ok(()),
+            Ok(WaitStatus::Signaled(_, by, _)) if Some(by) == sent => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+            Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
             Err(cause) => format!("cannot be waited for: {cause}"),
         };

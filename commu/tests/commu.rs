@@ -42,12 +42,11 @@ fn values_go_in_order_from_one_process_to_another() {
 
 #[test]
 fn each_line_goes_to_a_file_once() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/commu-output");
-    let run = Run::start(&format!("exec \"$0\" > '{file}'"));
+    let run = Run::start("exec \"$0\" > \"$OUT\"");
     let parent = run.pid();
     let end = run.end();
     assert!(end.status.success(), "{end:?}");
-    let lines: Vec<String> = fs::read_to_string(file)
+    let lines: Vec<String> = fs::read_to_string(OUT)
         .unwrap()
         .lines()
         .map(String::from)
@@ -145,14 +144,8 @@ fn a_reader_killed_before_the_first_value_is_reported() {
         kill(writer, Signal::SIGCONT).unwrap();
         let end = run.end();
         assert_eq!(end.status.code(), Some(1), "{end:?}");
-        let reader = format!(
-            "Error: process {reader} was killed by {signal}
-"
-        );
-        let writer = format!(
-            "Error: process {writer} exited with status 1
-"
-        );
+        let reader = format!("Error: process {reader} was killed by {signal}\n");
+        let writer = format!("Error: process {writer} exited with status 1\n");
         assert!(end.errors.ends_with(&(reader + &writer)), "{end:?}");
     }
 }
@@ -236,6 +229,9 @@ fn all_end_when_nobody_can_print() {
     );
 }
 
+/// A file for a run's output, which its shell knows as `$OUT`.
+const OUT: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/commu-output");
+
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -271,6 +267,7 @@ impl Run {
                 &format!("echo; {script}"),
                 env!("CARGO_BIN_EXE_commu"),
             ])
+            .env("OUT", OUT)
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdin(Stdio::piped())
@@ -305,7 +302,7 @@ impl Run {
     fn line(&mut self) -> Option<String> {
         let mut line = String::new();
         self.output.as_mut()?.read_line(&mut line).unwrap();
-        let text = line.trim_start(); // what `held` fills the output with are spaces
+        let text = line.trim_start_matches(' '); // what `held` fills the output with are spaces
         assert!(
             text.is_empty() || text.ends_with('\n'),
             "half a line: {text}"

@@ -25,7 +25,7 @@ fn main() -> Result<(), Error> {
         }
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            wait(child)?; // or the child may find it gone; in Python the parent exits too slowly
+            wait(child)?; // or the child may find it gone; in Python it exits slowly enough
         }
     }
     Ok(())
@@ -41,7 +41,7 @@ fn wait(pid: Pid) -> Result<(), Error> {
         let end = match waitpid(pid, None) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+            Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
             Err(cause) => format!("cannot be waited for: {cause}"),
         };

@@ -25,12 +25,11 @@ fn parent_and_child_know_each_other() {
 
 #[test]
 fn each_line_goes_to_a_file_once() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/fork-output");
-    let run = Run::start(&format!("exec \"$0\" > '{file}'"));
+    let run = Run::start("exec \"$0\" > \"$OUT\"");
     let parent = run.pid();
     let end = run.end();
     assert!(end.status.success(), "{end:?}");
-    let lines: Vec<String> = fs::read_to_string(file)
+    let lines: Vec<String> = fs::read_to_string(OUT)
         .unwrap()
         .lines()
         .map(String::from)
@@ -99,6 +98,9 @@ fn a_full_disk_is_no_success() {
     assert!(!end.status.success(), "{end:?}");
 }
 
+/// A file for a run's output, which its shell knows as `$OUT`.
+const OUT: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/fork-output");
+
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -130,6 +132,7 @@ impl Run {
         let _start = START.lock();
         let mut parent = Command::new("/bin/sh")
             .args(["-c", &format!("echo; {script}"), env!("CARGO_BIN_EXE_fork")])
+            .env("OUT", OUT)
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdin(Stdio::piped())
@@ -164,7 +167,7 @@ impl Run {
     fn line(&mut self) -> Option<String> {
         let mut line = String::new();
         self.output.as_mut()?.read_line(&mut line).unwrap();
-        let text = line.trim_start(); // what `held` fills the output with are spaces
+        let text = line.trim_start_matches(' '); // what `held` fills the output with are spaces
         assert!(
             text.is_empty() || text.ends_with('\n'),
             "half a line: {text}"

@@ -114,7 +114,7 @@ fn wait(pid: Pid) -> Result<(), Error> {
         let end = match waitpid(pid, None) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+            Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
             Err(cause) => format!("cannot be waited for: {cause}"),
         };

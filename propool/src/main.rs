@@ -45,9 +45,10 @@ fn main() -> Result<(), Error> {
 
 /// Stands in for `multiprocessing.Pool`: worker processes that share out the tasks they are given.
 ///
-/// All of them read from one pipe, and whoever is free takes the next task out of it. A task goes
-/// through whole, as it is far shorter than `PIPE_BUF`: two words, the address of a function, which
-/// is the same in a fork of this program, and an argument.
+/// All of them read from one pipe, and whoever is free takes the next task out of it. A task is two
+/// words: the address of a function, which is the same in a fork of this program, and an argument.
+/// It is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all have one length
+/// and the kernel lets one process at a time read.
 struct Pool {
     tasks: File, // the write end
     closed: ClosedPool,
@@ -91,7 +92,7 @@ impl Pool {
 
     /// Stands in for `Pool.apply_async(func, args=(arg,))`: hands a task to whoever is free first.
     ///
-    /// Does not wait for the task, only for room in the pipe, which on Linux holds 4,096 tasks. A
+    /// Does not wait for the task, only for room in the pipe, which mostly holds 4,096 tasks. A
     /// task that no worker is left to take counts as failed in `join`.
     fn apply_async(&mut self, func: fn(usize), arg: usize) {
         let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
@@ -123,7 +124,7 @@ fn work(parent: Pid, mut tasks: File, mut reports: File) -> Result<(), Error> {
         if address == 0 {
             break;
         }
-        // SAFETY: `apply_async` got this address from a `fn(usize)` of this very program.
+        // SAFETY: `apply_async` wrote this address, of a `fn(usize)` of this very program.
         let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
         let ended = panic::catch_unwind(|| func(arg)); // a panic ends the task, not the worker
         returned += usize::from(ended.is_ok());
@@ -220,7 +221,7 @@ fn wait(pid: Pid) -> Result<(), Error> {
         let end = match waitpid(pid, None) {
             Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
             Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
-            Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+            Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
             Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
             Err(cause) => format!("cannot be waited for: {cause}"),
         };

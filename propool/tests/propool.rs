@@ -73,12 +73,11 @@ fn five_tasks_are_done_once_each_by_processes() {
 
 #[test]
 fn each_line_goes_to_a_file_once() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/propool-output");
-    let run = Run::start(&format!("exec \"$0\" > '{file}'"));
+    let run = Run::start("exec \"$0\" > \"$OUT\"");
     let parent = run.pid();
     let end = run.end();
     assert!(end.status.success(), "{end:?}");
-    let lines = fs::read_to_string(file).unwrap();
+    let lines = fs::read_to_string(OUT).unwrap();
     assert_done(lines.lines().map(String::from).collect(), parent);
 }
 
@@ -260,7 +259,10 @@ fn the_workers_end_when_the_parent_was_killed() {
 #[test]
 #[cfg(target_os = "linux")]
 fn the_workers_end_when_the_parent_cannot_print() {
-    let (mut run, _) = Run::held(ROOM);
+    let (mut run, workers) = Run::held(ROOM);
+    for &worker in &workers {
+        stop(worker); // so that they end only if they are killed
+    }
     run.close();
     let end = run.end();
     assert_eq!(end.status.code(), Some(101), "{end:?}");
@@ -276,6 +278,9 @@ fn a_full_disk_is_no_success() {
 /// Enough for the parent's first line, and too little for another one after it.
 #[cfg(target_os = "linux")]
 const ROOM: u64 = 24;
+
+/// A file for a run's output, which its shell knows as `$OUT`.
+const OUT: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/propool-output");
 
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -312,6 +317,7 @@ impl Run {
                 &format!("echo; {script}"),
                 env!("CARGO_BIN_EXE_propool"),
             ])
+            .env("OUT", OUT)
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdin(Stdio::piped())
@@ -346,7 +352,7 @@ impl Run {
     fn line(&mut self) -> Option<String> {
         let mut line = String::new();
         self.output.as_mut()?.read_line(&mut line).unwrap();
-        let text = line.trim_start(); // what `held` fills the output with are spaces
+        let text = line.trim_start_matches(' '); // what `held` fills the output with are spaces
         assert!(
             text.is_empty() || text.ends_with('\n'),
             "half a line: {text}"

@@ -38,15 +38,10 @@ fn three_programs_print_in_order() {
 
 #[test]
 fn three_programs_print_in_order_to_a_file() {
-    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/subpro-output");
-    let script = format!("exec \"$0\" > '{file}'");
-    let end = Run::start("file", &script, &[PS, GREP, LS, PING]).end();
+    let end = Run::start("file", "exec \"$0\" > \"$OUT\"", &[PS, GREP, LS, PING]).end();
     assert!(end.status.success(), "{end:?}");
     assert_eq!(
-        fs::read_to_string(file)
-            .unwrap()
-            .lines()
-            .collect::<Vec<_>>(),
+        fs::read_to_string(OUT).unwrap().lines().collect::<Vec<_>>(),
         OUTPUT
     );
 }
@@ -109,6 +104,9 @@ fn a_full_disk_is_no_success() {
     assert!(!end.status.success(), "{end:?}");
 }
 
+/// A file for a run's output, which its shell knows as `$OUT`.
+const OUT: &str = concat!(env!("CARGO_TARGET_TMPDIR"), "/subpro-output");
+
 /// Only ends a run that hangs: no result depends on it.
 const DEADLINE: Duration = Duration::from_secs(60);
 
@@ -148,6 +146,7 @@ impl Run {
         let mut parent = Command::new("/bin/sh")
             .args(["-c", script, env!("CARGO_BIN_EXE_subpro")])
             .env("PATH", path)
+            .env("OUT", OUT)
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdin(Stdio::piped())
