@@ -155,8 +155,8 @@ impl<A> Process<A> {
 
     /// Stands in for `Process.start()`: forks a child that runs the target and ends with it.
     ///
-    /// The child has its own copy of the parent's memory, and shares its open files. The caller must
-    /// see to it, as the compiler does not, that this process has a single thread: a lock that
+    /// The child has its own copy of the parent's memory, and shares its open files. The caller
+    /// must see to it, as the compiler does not, that this process has a single thread: a lock that
     /// another one holds would never be released in the child. Fails if standard output cannot be
     /// flushed or fork(2) fails; then there is no child.
     fn start(self) -> Result<Child, Error> {

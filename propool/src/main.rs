@@ -47,8 +47,8 @@ fn main() -> Result<(), Error> {
 ///
 /// All of them read from one pipe, and whoever is free takes the next task out of it. A task is two
 /// words: the address of a function, which is the same in a fork of this program, and an argument.
-/// It is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all have one length
-/// and the kernel lets one process at a time read.
+/// It is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all tasks have one
+/// length and the kernel lets one process at a time read.
 struct Pool {
     tasks: File, // the write end
     closed: ClosedPool,
