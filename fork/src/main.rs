@@ -25,7 +25,8 @@ fn main() -> Result<(), Error> {
         }
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            wait(child)?; // or the child may find it gone; in Python it exits slowly enough
+            // Python's parent exits slowly; this one might be gone before the child asks for it.
+            wait(child)?;
         }
     }
     Ok(())
