@@ -1,0 +1,63 @@
+//! What the tutorial shows in 四、subprocess: whoever changes `main` changes this file, too.
+//!
+//! Scripts stand in for the programs that it runs, so that no network is needed. Each prints its
+//! name and its arguments and fails, which Python does not mind.
+
+use std::process::{Command, Output};
+
+const SCRIPT: &str = r#"#!/bin/sh
+[ ${0##*/} = grep ] && /bin/cat
+printf '%s' ${0##*/}; printf ' [%s]' "$@"; echo
+exit 1"#;
+
+const LINES: [&str; 6] = [
+    "ps [-aux]",
+    "grep [python]",
+    "---------------",
+    "ls [-l]",
+    "---------------",
+    "ping [-c] [4] [www.baidu.com]",
+];
+
+#[test]
+fn three_programs_print_in_order() {
+    let run = run("all", &["ps", "grep", "ls", "ping"]);
+    assert!(run.status.success(), "{run:?}");
+    assert_eq!(lines(&run), LINES);
+}
+
+#[test]
+fn a_missing_program_is_named() {
+    let run_without_ping = run("no-ping", &["ps", "grep", "ls"]);
+    assert!(!run_without_ping.status.success(), "{run_without_ping:?}");
+    assert_eq!(lines(&run_without_ping), LINES[..5]);
+    let error = String::from_utf8(run_without_ping.stderr).unwrap();
+    assert!(error.starts_with("Error: \"ping: "), "{error}");
+
+    let run_without_ls = run("no-ls", &["ps", "grep", "ping"]);
+    assert!(!run_without_ls.status.success(), "{run_without_ls:?}");
+    assert_eq!(lines(&run_without_ls), LINES[..3]);
+    let error = String::from_utf8(run_without_ls.stderr).unwrap();
+    assert!(error.starts_with("Error: \"ls: "), "{error}");
+}
+
+/// Runs the demo with nothing but the scripts of these names on its path.
+fn run(name: &str, programs: &[&str]) -> Output {
+    let path = format!("{}/{name}", env!("CARGO_TARGET_TMPDIR"));
+    // The shell writes them: a file that this process has open for writing cannot be run.
+    let write = r#"rm -rf "$0" && mkdir "$0" && cd "$0" || exit
+        for p; do printf '%s' "$SCRIPT" > $p; chmod +x $p; done"#;
+    let written = Command::new("/bin/sh")
+        .args(["-c", write, &path])
+        .args(programs)
+        .env("SCRIPT", SCRIPT)
+        .status();
+    assert!(written.unwrap().success());
+    let mut run = Command::new(env!("CARGO_BIN_EXE_subpro"));
+    run.env("PATH", path).output().unwrap()
+}
+
+fn lines(run: &Output) -> Vec<&str> {
+    let output = std::str::from_utf8(&run.stdout);
+    output.unwrap().lines().collect()
+}
