@@ -3,136 +3,97 @@
 //! The tutorial's section 二、multiprocessing, `demo2/multipro.py`.
 //! Run it with `cargo run -p multipro`.
 
-use std::fmt;
-use std::io::{self, Write};
-use std::mem::ManuallyDrop;
-use std::panic::{self, AssertUnwindSafe};
+use std::error::Error;
 
-use nix::errno::Errno;
-use nix::libc::_exit;
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{ForkResult, Pid, fork, getpid};
+use multiprocessing::Process;
+use nix::unistd::getpid;
 
 // The code that the child process runs
 fn run_proc(name: &str) {
     println!("Run child process {name} ({})...", getpid());
 }
 
-fn main() -> Result<(), Error> {
+fn main() -> Result<(), Box<dyn Error>> {
     println!("Parent process {}.", getpid());
-    let p = Process::new(run_proc, "test");
+    let mut p = Process::new(run_proc, "test");
     println!("Child process will start.");
-    let p = p.start()?;
+    p.start()?;
     p.join()?;
     println!("Child process end.");
     Ok(())
 }
 
-// What Python brings along:
+/// What Python brings along.
+mod multiprocessing {
+    use std::error::Error;
+    use std::io::{self, Write};
+    use std::panic::{self, AssertUnwindSafe};
 
-/// Stands in for `multiprocessing.Process(target=…, args=(…,))`, before its start.
-///
-/// [`start`](Process::start) turns it into a [`Child`]: no way to start it twice, or to join it
-/// before.
-struct Process<A> {
-    target: fn(A),
-    args: A,
-}
+    use nix::errno::Errno;
+    use nix::libc::_exit;
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, Pid, fork};
 
-impl<A> Process<A> {
-    /// Takes note of a function and its argument; there is no child before `start`.
-    fn new(target: fn(A), args: A) -> Self {
-        Process { target, args }
+    /// One that is dropped before its `join` is waited for, as Python does when it exits.
+    pub struct Process<A> {
+        target: fn(A),
+        args: Option<A>,  // until its start
+        pid: Option<Pid>, // from then on until it is reaped
     }
 
-    /// Stands in for `Process.start()`: forks a child that runs the target and ends with it.
-    ///
-    /// The child has its own copy of the parent's memory, and shares its open files. If it draws
-    /// random numbers from `rand`, it must call `rand::rng().reseed()` first. The caller must see
-    /// to it, as the compiler does not, that this process has a single thread: a lock that another
-    /// one holds would never be released in the child. Fails if standard output cannot be flushed
-    /// or fork(2) fails; then there is no child.
-    fn start(self) -> Result<Child, Error> {
-        io::stdout().flush().map_err(failed("flush"))?; // the child would print what is left, too
-        // SAFETY: the caller sees to it that this process has a single thread, so its child may do
-        // whatever it may do itself.
-        match unsafe { fork() }.map_err(failed("fork"))? {
-            ForkResult::Child => bootstrap(|| {
-                (self.target)(self.args);
-                Ok(())
-            }),
-            ForkResult::Parent { child } => Ok(Child { pid: child }),
+    impl<A> Process<A> {
+        pub fn new(target: fn(A), args: A) -> Self {
+            Process {
+                target,
+                args: Some(args),
+                pid: None,
+            }
+        }
+
+        /// The caller must see to it that this process has a single thread: a lock that another one
+        /// holds would never be released in the child. A target that draws from `rand` must call
+        /// `rand::rng().reseed()` first, or it may draw the same numbers as its parent.
+        pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
+            assert!(self.args.is_some(), "cannot start a process twice");
+            io::stdout().flush()?; // the child would print what is left, too
+            // SAFETY: the caller sees to it that this process has a single thread, so its child may
+            // do whatever it may do itself.
+            match unsafe { fork() }.map_err(|error| format!("fork: {error}"))? {
+                ForkResult::Child => {
+                    let run = || self.args.take().map(self.target);
+                    let ended = panic::catch_unwind(AssertUnwindSafe(run));
+                    let flushed = io::stdout().flush();
+                    // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
+                    unsafe { _exit(i32::from(ended.is_err() || flushed.is_err())) }
+                }
+                ForkResult::Parent { child } => (self.args, self.pid) = (None, Some(child)),
+            }
+            Ok(())
+        }
+
+        /// Fails if the child panicked, was killed or exited with a status other than 0.
+        pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
+            assert!(self.args.is_none(), "can only join a started process");
+            while let Some(pid) = self.pid {
+                let end = match waitpid(pid, None) {
+                    Ok(WaitStatus::Exited(_, 0)) => Ok(()),
+                    Ok(WaitStatus::Exited(_, code)) => Err(format!("exited with status {code}")),
+                    Ok(WaitStatus::Signaled(_, by, _)) => Err(format!("was killed by {by}")),
+                    Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
+                    Err(error) => Err(format!("cannot be waited for: {error}")),
+                };
+                self.pid = None;
+                end.map_err(|end| format!("process {pid} {end}"))?;
+            }
+            Ok(())
         }
     }
-}
 
-/// Stands in for a `multiprocessing.Process` after its start.
-///
-/// One that is dropped is waited for, as Python does when it exits; a bad end shows on stderr.
-#[must_use = "only `join` returns how it ended"]
-struct Child {
-    pid: Pid,
-}
-
-impl Child {
-    /// Stands in for `Process.join()`: waits until the child has ended, and reaps it.
-    ///
-    /// Fails if the child panicked, died of a signal or exited with a status other than 0.
-    fn join(self) -> Result<(), Error> {
-        wait(ManuallyDrop::new(self).pid) // reaped here, then not in `drop`
-    }
-}
-
-impl Drop for Child {
-    fn drop(&mut self) {
-        if let Err(error) = wait(self.pid) {
-            let _ = writeln!(io::stderr(), "Error: {error:?}"); // there is nobody else to tell
+    impl<A> Drop for Process<A> {
+        fn drop(&mut self) {
+            if let Some(Err(error)) = self.pid.map(|_| self.join()) {
+                let _ = writeln!(io::stderr(), "Error: {error}"); // there is nobody else to tell
+            }
         }
     }
-}
-
-/// Stands in for `Process._bootstrap()`: runs `run` in a child, and ends the child with status 0 if
-/// it returns `Ok`, or else, after showing why, with status 1.
-///
-/// The child never gets to the code, the destructors and the exit handlers of its parent.
-fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
-    let ended = panic::catch_unwind(AssertUnwindSafe(run));
-    let flushed = io::stdout().flush().map_err(failed("flush"));
-    let ended = ended.map(|result| result.and(flushed));
-    if let Ok(Err(error)) = &ended {
-        let _ = writeln!(io::stderr(), "Error: {error:?}"); // if it cannot be shown, status 1 tells
-    }
-    // SAFETY: `_exit` has no precondition; it ends this process on the spot.
-    unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(()))))) }
-}
-
-/// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it.
-///
-/// Fails, and says how it ended, unless it exited with status 0.
-fn wait(pid: Pid) -> Result<(), Error> {
-    loop {
-        let end = match waitpid(pid, None) {
-            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
-            Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
-            Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-            Err(cause) => format!("cannot be waited for: {cause}"),
-        };
-        return Err(Error(format!("process {pid} {end}")));
-    }
-}
-
-/// Stands in for an exception that ends the program: what went wrong, in one line.
-struct Error(String);
-
-/// `main` shows the error that it returns by `Debug`, so that is the line as it stands.
-impl fmt::Debug for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Makes an [`Error`] of a cause by saying what failed.
-fn failed<E: fmt::Display>(what: &str) -> impl FnOnce(E) -> Error {
-    move |cause| Error(format!("{what}: {cause}"))
 }
