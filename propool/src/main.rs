@@ -3,19 +3,12 @@
 //! The tutorial's section 三、进程池 (the process pool), `demo2/propool.py`.
 //! Run it with `cargo run -p propool`.
 
-use std::fs::File;
-use std::io::{self, Read, Write};
-use std::mem::ManuallyDrop;
-use std::panic::{self, AssertUnwindSafe};
+use std::error::Error;
+use std::thread;
 use std::time::{Duration, Instant};
-use std::{fmt, mem, thread};
 
-use nix::errno::Errno;
-use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-use nix::libc::_exit;
-use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitStatus, waitpid};
-use nix::unistd::{self, ForkResult, Pid, fork, getpid, getppid};
+use multiprocessing::Pool;
+use nix::unistd::getpid;
 
 fn long_time_task(name: usize) {
     println!("Run task {name} ({})...", getpid());
@@ -28,218 +21,160 @@ fn long_time_task(name: usize) {
     );
 }
 
-fn main() -> Result<(), Error> {
+fn main() -> Result<(), Box<dyn Error>> {
     println!("Parent process {}.", getpid());
     let mut p = Pool::new(4)?;
     for i in 0..5 {
-        p.apply_async(long_time_task, i);
+        p.apply_async(long_time_task, i)?;
     }
     println!("Waiting for all subprocesses done...");
-    let p = p.close();
+    p.close();
     p.join()?;
     println!("All subprocesses done.");
     Ok(())
 }
 
-// What Python brings along:
+/// What Python brings along.
+mod multiprocessing {
+    use std::error::Error;
+    use std::fs::File;
+    use std::io::{self, Read, Write};
+    use std::{mem, panic};
 
-/// Stands in for `multiprocessing.Pool`: worker processes that share out the tasks they are given.
-///
-/// All of them read from one pipe, and whoever is free takes the next task out of it. A task is two
-/// words: the address of a function, which is the same in a fork of this program, and an argument.
-/// It is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all tasks have one
-/// length and the kernel lets one process at a time read.
-struct Pool {
-    tasks: File, // the write end
-    closed: ClosedPool,
-}
+    use nix::errno::Errno;
+    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+    use nix::libc::_exit;
+    use nix::sys::signal::{Signal, kill};
+    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, pipe};
 
-/// What goes through the pipe; with the address 0 it is no task, but tells one worker to stop.
-type Task = [[u8; size_of::<usize>()]; 2];
-
-impl Pool {
-    /// Stands in for `Pool(processes)`: forks that many workers, before any task. It must not be 0.
+    /// Workers that read their tasks from one pipe: whoever is free takes the next.
     ///
-    /// The caller must see to it, as the compiler does not, that this process has a single thread:
-    /// a lock that another one holds would never be released in a worker. Fails if standard output
-    /// cannot be flushed, or pipe(2), fcntl(2) or fork(2) fails; then no worker is left.
-    fn new(processes: usize) -> Result<Self, Error> {
-        let (task_reader, tasks) = pipe()?;
-        let (reports, report_writer) = pipe()?;
-        let mut workers = Vec::new();
-        io::stdout().flush().map_err(failed("flush"))?; // workers would print what is left, too
-        let parent = getpid();
-        for _ in 0..processes {
-            // SAFETY: the caller sees to it that this process has a single thread, so its child may
-            // do whatever it may do itself.
-            match unsafe { fork() }.map_err(failed("fork"))? {
-                ForkResult::Child => {
-                    drop((tasks, reports)); // unused here; `tasks` would hold off the end-of-file
-                    bootstrap(|| work(parent, task_reader, report_writer))
+    /// A task is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all have
+    /// one length and the kernel lets one process at a time read. A pool that is dropped before its
+    /// `join` kills its workers.
+    pub struct Pool {
+        tasks: Option<File>, // the write end, until `close`
+        workers: Vec<Pid>,   // until they are reaped
+    }
+
+    /// The address of a function, which is the same in a fork of this program, and its argument.
+    /// With the address 0 it is no task, but tells one worker to stop.
+    type Task = [[u8; size_of::<usize>()]; 2];
+
+    impl Pool {
+        /// The caller must see to it that this process has a single thread: a lock that another one
+        /// holds would never be released in a worker.
+        pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
+            if processes == 0 {
+                return Err("Number of processes must be at least 1".into());
+            }
+            let (reader, writer) = pipe().map_err(|error| format!("pipe: {error}"))?;
+            for end in [&reader, &writer] {
+                // A program that somebody runs would have it open, too.
+                fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+            }
+            let mut pool = Pool {
+                tasks: Some(writer.into()),
+                workers: Vec::new(),
+            };
+            io::stdout().flush()?; // the workers would print what is left, too
+            let parent = getpid();
+            for _ in 0..processes {
+                // SAFETY: the caller sees to it that this process has a single thread, so its child
+                // may do whatever it may do itself.
+                match unsafe { fork() }.map_err(|error| format!("fork: {error}"))? {
+                    ForkResult::Child => {
+                        pool.tasks = None; // unused here; it would hold off the end-of-file
+                        let ended = panic::catch_unwind(|| work(reader.into(), parent));
+                        // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
+                        unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(true))))) }
+                    }
+                    ForkResult::Parent { child } => pool.workers.push(child),
                 }
-                ForkResult::Parent { child } => workers.push(Child { pid: child }),
+            }
+            Ok(pool) // `reader` closes, unused here; it would hide that no worker is left
+        }
+
+        /// Waits while the pipe is full; mostly it holds 4,096 tasks. `func` must be a part of the
+        /// program, or of a library that was loaded before the pool was made.
+        pub fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Box<dyn Error>> {
+            let tasks = self.tasks.as_mut().ok_or("Pool not running")?;
+            let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
+            let _ = tasks.write_all(task.as_flattened()); // if no worker is left, `join` says why
+            Ok(())
+        }
+
+        /// Waits while the pipe is full.
+        pub fn close(&mut self) {
+            if let Some(mut tasks) = self.tasks.take() {
+                // The end-of-file may not come: the workers of a later pool have this write end, too.
+                let stops = Task::default().as_flattened().repeat(self.workers.len());
+                let _ = tasks.write_all(&stops); // if no worker is left, `join` says why
             }
         }
-        // `task_reader` and `report_writer` close here, unused in the parent; left open, they would
-        // hide that no worker is left to take a task, or to report.
-        let closed = ClosedPool {
-            workers,
-            reports,
-            handed_out: 0,
-        };
-        Ok(Pool { tasks, closed })
-    }
 
-    /// Stands in for `Pool.apply_async(func, args=(arg,))`: hands a task to whoever is free first.
-    ///
-    /// Does not wait for the task, only for room in the pipe, which mostly holds 4,096 tasks. A
-    /// task that no worker is left to take counts as failed in `join`.
-    fn apply_async(&mut self, func: fn(usize), arg: usize) {
-        let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
-        let _ = self.tasks.write_all(task.as_flattened()); // `join` says why no worker is left
-        self.closed.handed_out += 1;
-    }
-
-    /// Stands in for `Pool.close()`: no more tasks; each worker ends when it finds none left.
-    fn close(mut self) -> ClosedPool {
-        // End-of-file would tell them, too, if nothing that was forked meanwhile, such as a second
-        // pool, had this write end.
-        for _ in &self.closed.workers {
-            let _ = self.tasks.write_all(Task::default().as_flattened()); // if one is left to tell
-        }
-        self.closed
-    }
-}
-
-/// What a worker does: runs tasks until it is to stop, and then reports how many have returned.
-///
-/// Fails if the random number generator cannot be seeded anew.
-fn work(parent: Pid, mut tasks: File, mut reports: File) -> Result<(), Error> {
-    rand::rng().reseed().map_err(failed("reseed"))?; // or all may draw the same numbers
-    let mut returned: usize = 0;
-    let mut task = Task::default();
-    // When the parent has died, there is an end-of-file, but there may be tasks before it.
-    while tasks.read_exact(task.as_flattened_mut()).is_ok() && getppid() == parent {
-        let [address, arg] = task.map(usize::from_ne_bytes);
-        if address == 0 {
-            break;
-        }
-        // SAFETY: `apply_async` wrote this address, of a `fn(usize)` of this very program.
-        let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
-        let ended = panic::catch_unwind(|| func(arg)); // a panic ends the task, not the worker
-        returned += usize::from(ended.is_ok());
-    }
-    // What is not reported, as when the tasks' output cannot be written, counts as failed.
-    match io::stdout().flush() {
-        Ok(()) => drop(reports.write_all(&returned.to_ne_bytes())),
-        Err(cause) => drop(writeln!(io::stderr(), "Error: flush: {cause}")),
-    }
-    Ok(())
-}
-
-/// Stands in for a `multiprocessing.Pool` after its `close`.
-#[must_use = "only `join` returns whether all tasks were done"]
-struct ClosedPool {
-    workers: Vec<Child>,
-    reports: File, // the read end
-    handed_out: usize,
-}
-
-impl ClosedPool {
-    /// Stands in for `Pool.join()`: waits until all workers have ended, and reaps them.
-    ///
-    /// Fails if workers died, and says how, or else if tasks failed, and says how many.
-    fn join(mut self) -> Result<(), Error> {
-        let mut failures = self.handed_out;
-        let mut returned = [0; size_of::<usize>()];
-        while self.reports.read_exact(&mut returned).is_ok() {
-            failures -= usize::from_ne_bytes(returned);
-        }
-        let mut ends = Vec::new();
-        for worker in self.workers {
-            ends.extend(worker.join().err().map(|Error(end)| end));
-        }
-        if ends.is_empty() && failures > 0 {
-            ends.push(format!("{failures} of {} tasks failed", self.handed_out));
-        }
-        if ends.is_empty() {
-            Ok(())
-        } else {
-            Err(Error(ends.join(", ")))
+        /// Fails if a worker was killed, or exited with status 1, as it does in the end if one of its
+        /// tasks panicked.
+        pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
+            if self.tasks.is_some() {
+                return Err("Pool is still running".into());
+            }
+            let ends = self
+                .workers
+                .drain(..)
+                .filter_map(|worker| wait(worker).err());
+            let ends: Vec<_> = ends.collect();
+            if ends.is_empty() {
+                return Ok(());
+            }
+            Err(ends.join(", ").into())
         }
     }
-}
 
-/// A worker. One that is dropped, with its pool, is killed and reaped, as Python does.
-struct Child {
-    pid: Pid,
-}
-
-impl Child {
-    /// Waits until the worker has ended, and reaps it. Fails if it died.
-    fn join(self) -> Result<(), Error> {
-        wait(ManuallyDrop::new(self).pid) // reaped here, then not in `drop`
+    impl Drop for Pool {
+        fn drop(&mut self) {
+            for &worker in &self.workers {
+                // If it is not alive, its process id may by now be a stranger's.
+                if waitpid(worker, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive) {
+                    let _ = kill(worker, Signal::SIGKILL);
+                    let _ = wait(worker); // it was killed just now
+                }
+            }
+        }
     }
-}
 
-impl Drop for Child {
-    fn drop(&mut self) {
-        let _ = kill(self.pid, Signal::SIGKILL); // not reaped yet, so the pid is still its own
-        let _ = wait(self.pid); // it was killed just now
+    /// Runs tasks until this worker is to stop, or its parent has died. Returns whether none panicked.
+    fn work(mut tasks: File, parent: Pid) -> Result<bool, Box<dyn Error>> {
+        rand::rng().reseed()?; // or all workers may draw the same numbers
+        let mut well = true;
+        let mut task = Task::default();
+        // When the parent has died, there is an end-of-file, but there may be tasks before it.
+        while tasks.read_exact(task.as_flattened_mut()).is_ok() && getppid() == parent {
+            let [address, arg] = task.map(usize::from_ne_bytes);
+            if address == 0 {
+                break;
+            }
+            // SAFETY: `apply_async` wrote the address of a `fn(usize)`. Its caller saw to it that the
+            // function was there when this worker was forked, so it is here, too.
+            let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
+            well &= panic::catch_unwind(|| func(arg)).is_ok(); // it ends the task, not the worker
+        }
+        io::stdout().flush()?;
+        Ok(well)
     }
-}
 
-/// Stands in for `os.pipe()`: a read end and a write end, not inherited by programs that are run.
-///
-/// Fails if there are no file descriptors left.
-fn pipe() -> Result<(File, File), Error> {
-    let (reader, writer) = unistd::pipe().map_err(failed("pipe"))?;
-    for end in [&reader, &writer] {
-        fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).map_err(failed("fcntl"))?;
+    /// Waits until `worker` has ended, and reaps it. Fails unless it exited with status 0.
+    fn wait(worker: Pid) -> Result<(), String> {
+        loop {
+            let end = match waitpid(worker, None) {
+                Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+                Ok(WaitStatus::Exited(_, code)) => format!("exited with status {code}"),
+                Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
+                Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
+                Err(error) => format!("cannot be waited for: {error}"),
+            };
+            return Err(format!("worker {worker} {end}"));
+        }
     }
-    Ok((reader.into(), writer.into()))
-}
-
-/// Stands in for `Process._bootstrap()`: runs `run` in a child, and ends the child with status 0 if
-/// it returns `Ok`, or else, after showing why, with status 1.
-///
-/// The child never gets to the code, the destructors and the exit handlers of its parent.
-fn bootstrap(run: impl FnOnce() -> Result<(), Error>) -> ! {
-    let ended = panic::catch_unwind(AssertUnwindSafe(run));
-    if let Ok(Err(error)) = &ended {
-        let _ = writeln!(io::stderr(), "Error: {error:?}"); // if it cannot be shown, status 1 tells
-    }
-    // SAFETY: `_exit` has no precondition; it ends this process on the spot.
-    unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(()))))) }
-}
-
-/// Stands in for `os.waitpid(pid, 0)`: waits until the child `pid` has ended, and reaps it.
-///
-/// Fails, and says how it ended, unless it exited with status 0.
-fn wait(pid: Pid) -> Result<(), Error> {
-    loop {
-        let end = match waitpid(pid, None) {
-            Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-            Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
-            Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
-            Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-            Err(cause) => format!("cannot be waited for: {cause}"),
-        };
-        return Err(Error(format!("worker {pid} {end}")));
-    }
-}
-
-/// Stands in for an exception that ends the program: what went wrong, in one line.
-struct Error(String);
-
-/// `main` shows the error that it returns by `Debug`, so that is the line as it stands.
-impl fmt::Debug for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.0)
-    }
-}
-
-/// Makes an [`Error`] of a cause by saying what failed.
-fn failed<E: fmt::Display>(what: &str) -> impl FnOnce(E) -> Error {
-    move |cause| Error(format!("{what}: {cause}"))
 }
