@@ -42,9 +42,11 @@ fn a_child_that_panics_is_reported() {
 fn fail_in_child(name: &str, trap: &str) -> String {
     let file = format!("{}/{name}", env!("CARGO_TARGET_TMPDIR"));
     let script = format!("{trap} ulimit -f 1; exec \"$0\" >> \"$1\"");
-    let digits = process::id().to_string().len(); // that the demo's process ids mostly have, too
-    let room = "Process () start...\nI () just created a child process ().\n".len() + 3 * digits;
-    for _ in 0..100 {
+    let lines = "Process () start...\nI () just created a child process ().\n";
+    for attempt in 0..100 {
+        // The demo's process ids have as many digits as this one, or one more.
+        let digits = process::id().to_string().len() + attempt % 2;
+        let room = lines.len() + 3 * digits;
         fs::write(&file, vec![b'\n'; 512 - room]).unwrap();
         let run = run(&script, &file);
         // The parent's line ends so; the child's does not.

@@ -7,10 +7,12 @@
 //! hangs is killed, and `end` says so.
 
 use std::fs;
-use std::io::{BufRead, BufReader, Lines};
+use std::io::{BufRead, BufReader, Lines, Read, Write};
 use std::iter;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
-use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{self, Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Sender};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -22,15 +24,10 @@ use nix::unistd::Pid;
 #[test]
 fn four_workers_share_out_all_tasks() {
     let (mut run, mut workers) = Run::in_tasks();
-    let children = format!("/proc/{0}/task/{0}/children", run.demo.id());
-    let children = fs::read_to_string(children).unwrap();
-    let mut children: Vec<i32> = children
-        .split_whitespace()
-        .map(|pid| pid.parse().unwrap())
-        .collect();
+    let mut children = run.children();
     children.sort_unstable();
     workers.sort_unstable();
-    assert_eq!(children, workers.map(Pid::as_raw));
+    assert_eq!(children, workers);
 
     let last = iter::from_fn(|| run.line()).find(|line| line.starts_with("Run"));
     assert!(workers.contains(&worker(&last.expect("a fifth task"))));
@@ -58,9 +55,7 @@ fn held(task: usize) -> f64 {
     let begin = format!("Task {task} runs ");
     repeat(|| {
         let (mut run, workers) = Run::in_tasks();
-        while !['S', 'Z'].contains(&state(workers[task])) {
-            thread::sleep(Duration::from_millis(1)); // it has said so, but does not sleep yet
-        }
+        poll(|| ['S', 'Z'].contains(&state(workers[task]))); // it has said so before it sleeps
         kill(workers[task], Signal::SIGSTOP).unwrap();
         let stopped = Instant::now();
         for _ in 0..4 {
@@ -107,7 +102,7 @@ fn all_workers_that_were_killed_are_reported() {
 
 /// When nobody reads the output any more, each of the five tasks panics as it prints.
 #[test]
-fn a_worker_outlives_a_task_that_panics_and_reports_it() {
+fn a_worker_outlives_a_task_that_panics() {
     let (end, workers) = repeat(|| {
         let (mut run, workers) = Run::in_tasks();
         run.lines = None;
@@ -119,6 +114,41 @@ fn a_worker_outlives_a_task_that_panics_and_reports_it() {
         let error = format!("worker {worker} exited with status 1");
         assert!(end.errors.contains(&error), "{error}: {end:?}");
     }
+}
+
+/// The output has room for all first lines, and for a part of the line of the first task that ends.
+/// That one panics, and its worker waits to show it, as standard error is full. Then there is room
+/// for the rest again.
+#[test]
+fn a_task_that_panics_is_reported_and_loses_nothing() {
+    let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/propool-reported");
+    let (end, error) = repeat(|| {
+        let digits = process::id().to_string().len(); // as the demo's process ids have, mostly
+        let room = "Parent process .\nWaiting for all subprocesses done...\nTask 0 run".len()
+            + 4 * "Run task 0 ()...\n".len()
+            + 5 * digits;
+        fs::write(file, vec![b'\n'; 512 - room]).unwrap();
+        let (mut errors, full) = UnixStream::pair().unwrap();
+        full.set_nonblocking(true).unwrap();
+        while (&full).write(b" ").is_ok() {}
+        full.set_nonblocking(false).unwrap();
+        let run = Run::start(&limited(file), OwnedFd::from(full).into());
+        poll(|| fs::metadata(file).unwrap().len() == 512 || state(run.parent) == 'Z');
+        for child in run.children() {
+            poll(|| ['S', 'Z'].contains(&state(child)));
+        }
+        fs::write(file, "").unwrap();
+        let mut error = String::new();
+        errors.read_to_string(&mut error).unwrap();
+        let end = run.end();
+        let rest = fs::read_to_string(file).unwrap();
+        let all =
+            rest.matches(" seconds.\n").count() == 5 && error.matches("panicked").count() == 1;
+        all.then_some((end, error))
+    });
+    assert_eq!(end.status.code(), Some(1), "{error}");
+    assert!(error.contains("Error: \"worker "), "{error}");
+    assert!(error.ends_with(" exited with status 1\"\n"), "{error}");
 }
 
 #[test]
@@ -140,9 +170,13 @@ fn the_workers_end_quietly_and_take_no_task_when_the_parent_was_killed() {
 fn no_worker_is_left_when_the_parent_panics() {
     let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/propool-panics");
     fs::write(file, [b'\n'; 512 - "Parent process 1234567.\n".len()]).unwrap();
-    let script = format!("trap '' XFSZ; ulimit -f 1; exec \"$0\" >> \"{file}\"");
-    let end = Run::start(&script).end();
+    let end = Run::start(&limited(file), Stdio::piped()).end();
     assert_eq!(end.status.code(), Some(101), "{end:?}");
+}
+
+/// Lets the demo print into a file until there are 512 bytes.
+fn limited(file: &str) -> String {
+    format!("trap '' XFSZ; ulimit -f 1; exec \"$0\" >> \"{file}\"")
 }
 
 /// Makes attempts until one gives a result.
@@ -154,6 +188,7 @@ fn repeat<T>(attempt: impl FnMut() -> Option<T>) -> T {
 /// A run of the demo, in a process group of its own.
 struct Run {
     demo: Child,
+    parent: Pid,
     lines: Option<Lines<BufReader<ChildStdout>>>,
     over: Sender<()>,
     watchdog: JoinHandle<bool>,
@@ -169,28 +204,29 @@ struct End {
 
 impl Run {
     /// Runs a shell script that becomes the demo by `exec "$0"`.
-    fn start(script: &str) -> Run {
+    fn start(script: &str, stderr: Stdio) -> Run {
         set_child_subreaper(true).unwrap();
         let mut demo = Command::new("/bin/sh")
             .args(["-c", script, env!("CARGO_BIN_EXE_propool")])
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
+            .stderr(stderr)
             .spawn()
             .unwrap();
         let lines = demo
             .stdout
             .take()
             .map(|output| BufReader::new(output).lines());
-        let group = Pid::from_raw(demo.id().try_into().unwrap());
+        let parent = Pid::from_raw(demo.id().try_into().unwrap());
         let (over, watched) = mpsc::channel();
         let watchdog = thread::spawn(move || {
             let hangs = watched.recv_timeout(Duration::from_secs(60)).is_err();
-            hangs && killpg(group, Signal::SIGKILL).is_ok()
+            hangs && killpg(parent, Signal::SIGKILL).is_ok()
         });
         Run {
             demo,
+            parent,
             lines,
             over,
             watchdog,
@@ -200,13 +236,20 @@ impl Run {
     /// A run in which each of four workers runs a task, and they in the order of these tasks.
     fn in_tasks() -> (Run, [Pid; 4]) {
         repeat(|| {
-            let mut run = Run::start("exec \"$0\"");
+            let mut run = Run::start("exec \"$0\"", Stdio::piped());
             let mut lines: Vec<String> = iter::from_fn(|| run.line()).take(6).collect();
             lines.retain(|line| line.starts_with("Run task "));
             lines.sort();
             let workers: Vec<Pid> = lines.iter().map(|line| worker(line)).collect();
             Some((run, workers.try_into().ok()?)) // four, or else a task has ended already
         })
+    }
+
+    fn children(&self) -> Vec<Pid> {
+        let children = format!("/proc/{0}/task/{0}/children", self.parent);
+        let children = fs::read_to_string(children).unwrap();
+        let pids = children.split_whitespace().map(|pid| pid.parse().unwrap());
+        pids.map(Pid::from_raw).collect()
     }
 
     /// The next line of its output; none at the end.
@@ -217,7 +260,6 @@ impl Run {
     /// Waits until all its processes have ended.
     fn end(mut self) -> End {
         let lines = iter::from_fn(|| self.line()).collect();
-        let group = Pid::from_raw(self.demo.id().try_into().unwrap());
         let output = self.demo.wait_with_output().unwrap();
         let _ = self.over.send(()); // nobody is there to be told if it hung
         let end = End {
@@ -226,7 +268,7 @@ impl Run {
             status: output.status,
         };
         assert!(!self.watchdog.join().unwrap(), "it hangs: {end:?}");
-        let orphan = end.status.signal().is_none() && killpg(group, None).is_ok();
+        let orphan = end.status.signal().is_none() && killpg(self.parent, None).is_ok();
         assert!(!orphan, "a child that the parent did not wait for: {end:?}");
         end
     }
@@ -236,6 +278,12 @@ impl Run {
 fn worker(line: &str) -> Pid {
     let pid = line.split(['(', ')']).nth(1).expect(line);
     Pid::from_raw(pid.parse().expect(line))
+}
+
+fn poll(condition: impl Fn() -> bool) {
+    while !condition() {
+        thread::sleep(Duration::from_millis(1));
+    }
 }
 
 /// What a process does, by Linux's letter for it: S if it sleeps, Z if it has ended.
