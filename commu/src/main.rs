@@ -61,11 +61,12 @@ mod multiprocessing {
     use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// Carries texts of any length, in order, from processes that put one at a time to one reader.
+    /// Carries texts in order from processes that put or join one at a time to a single reader.
     ///
-    /// Start every process before this one uses the queue: the first use closes the end of the pipe
-    /// that it does not need, so that who waits at the other end learns when nobody is left here.
-    /// Once a writer, or a process in `join`, was killed, the queue is of no use any more.
+    /// The first use in a process closes the end that it does not need. So start every process before
+    /// this one uses the queue, and use it in all of them: as long as one has not, the others may wait
+    /// for a reader or a writer that has died. Once a writer, or a process in `join`, was killed, the
+    /// queue is of no use any more.
     pub struct Queue {
         read_end: Cell<Option<UnixStream>>, // open both ways, so that `get` can answer `join`
         write_end: Cell<Option<UnixStream>>,
@@ -75,6 +76,7 @@ mod multiprocessing {
     const JOIN: [u8; size_of::<usize>()] = usize::MAX.to_ne_bytes();
 
     const CLOSED: &str = "this process has closed that end of the queue";
+    // A transfer fails for no other reason than these:
     const NO_READER: &str = "the reader of the queue has ended";
     const NO_WRITER: &str = "all writers of the queue have ended";
 
@@ -87,7 +89,7 @@ mod multiprocessing {
             })
         }
 
-        /// Waits while the pipe is full. Fails if the reader has ended.
+        /// Waits while there is no room. Fails if the reader has ended.
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
             self.read_end.take(); // unused here; it would hide that the reader has died
             let mut end = self.write_end.take().ok_or(CLOSED)?;
@@ -126,7 +128,7 @@ mod multiprocessing {
         }
     }
 
-    /// One that is dropped is terminated, as Python does with daemonic processes when it exits.
+    /// Terminates its child when it is dropped, as Python does with a daemonic one when it exits.
     pub struct Process<A> {
         target: fn(A) -> Result<(), Box<dyn Error>>,
         args: Option<A>,  // until its start
@@ -163,7 +165,7 @@ mod multiprocessing {
                     // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
                     unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(()))))) }
                 }
-                ForkResult::Parent { child } => (self.args, self.pid) = (None, Some(child)),
+                ForkResult::Parent { child } => (self.pid, self.args) = (Some(child), None),
             }
             Ok(())
         }

@@ -34,7 +34,7 @@ mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// One that is dropped before its `join` is waited for, as Python does when it exits.
+    /// Waits for its child when it is dropped without a `join`, as Python does when it exits.
     pub struct Process<A> {
         target: fn(A),
         args: Option<A>,  // until its start
@@ -62,11 +62,11 @@ mod multiprocessing {
                 ForkResult::Child => {
                     let run = || self.args.take().map(self.target);
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-                    let flushed = io::stdout().flush();
+                    let flushed = io::stdout().flush(); // if it fails, status 1 tells
                     // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
                     unsafe { _exit(i32::from(ended.is_err() || flushed.is_err())) }
                 }
-                ForkResult::Parent { child } => (self.args, self.pid) = (None, Some(child)),
+                ForkResult::Parent { child } => (self.pid, self.args) = (Some(child), None),
             }
             Ok(())
         }

@@ -52,7 +52,8 @@ mod multiprocessing {
     ///
     /// A task is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all have
     /// one length and the kernel lets one process at a time read. A pool that is dropped before its
-    /// `join` kills its workers.
+    /// `join` kills its workers. If this process is killed, they end after their tasks, but idle ones
+    /// only when what was forked after the pool has ended.
     pub struct Pool {
         tasks: Option<File>, // the write end, until `close`
         workers: Vec<Pid>,   // until they are reaped
@@ -108,14 +109,15 @@ mod multiprocessing {
         /// Waits while the pipe is full.
         pub fn close(&mut self) {
             if let Some(mut tasks) = self.tasks.take() {
-                // The end-of-file may not come: the workers of a later pool have this write end, too.
-                let stops = Task::default().as_flattened().repeat(self.workers.len());
-                let _ = tasks.write_all(&stops); // if no worker is left, `join` says why
+                // The end-of-file may not come: what was forked later has this write end, too.
+                for _ in &self.workers {
+                    let _ = tasks.write_all(Task::default().as_flattened()); // as above
+                }
             }
         }
 
-        /// Fails if a worker was killed, or exited with status 1, as it does in the end if one of its
-        /// tasks panicked.
+        /// Fails if a worker was killed, or exited with a status other than 0: with 1, in the end, if
+        /// one of its tasks panicked.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
@@ -149,7 +151,7 @@ mod multiprocessing {
         rand::rng().reseed()?; // or all workers may draw the same numbers
         let mut well = true;
         let mut task = Task::default();
-        // When the parent has died, there is an end-of-file, but there may be tasks before it.
+        // A parent that has died may have left tasks before the end-of-file.
         while tasks.read_exact(task.as_flattened_mut()).is_ok() && getppid() == parent {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
@@ -160,7 +162,7 @@ mod multiprocessing {
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
             well &= panic::catch_unwind(|| func(arg)).is_ok(); // it ends the task, not the worker
         }
-        io::stdout().flush()?;
+        io::stdout().flush()?; // if it fails, status 1 tells
         Ok(well)
     }
 
