@@ -2,12 +2,13 @@
 //! Damage that is done to the demo from outside, and what must become of it.
 //!
 //! A test reads the lines of a `Run`, and acts on the one that it has just read: the writer's sleeps
-//! leave the time. If a run was over too early for that, another one is made. Orphans become
+//! leave the time. If a run was over too early for that, `repeat` starts another one. Orphans become
 //! children of this process, so `end` finds any that the parent did not wait for. A run that hangs
 //! is killed, and `end` says so.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Lines};
+use std::iter;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, Sender};
@@ -26,11 +27,11 @@ const READER: &str = "Process to read: ";
 fn a_slow_reader_gets_every_value() {
     let mut run = Run::start("exec \"$0\"");
     let (writer, reader) = (run.pid(WRITER), run.pid(READER));
-    kill(reader, Signal::SIGSTOP).unwrap();
+    let _ = kill(reader, Signal::SIGSTOP); // or the run is over, and had no slow reader
     poll(|| ['T', 'Z'].contains(&state(reader)));
     poll(|| kill(writer, None).is_err() || state(run.parent) == 'Z');
     poll(|| ['S', 'Z'].contains(&state(run.parent)));
-    kill(reader, Signal::SIGCONT).unwrap();
+    let _ = kill(reader, Signal::SIGCONT);
     let end = run.end();
     assert!(end.status.success(), "{end:?}");
     assert!(end.got_all(), "a value is lost: {end:?}");
@@ -74,30 +75,30 @@ fn a_writer_that_was_killed_is_reported() {
 
 /// Kills a process when a line that begins so has been printed.
 fn end_after_kill(process: &str, signal: Signal, line: &str) {
-    for _ in 0..10 {
+    let (end, pid) = repeat(|| {
         let mut run = Run::start("exec \"$0\"");
         run.until(line);
         let pid = run.pid(process);
-        let _ = kill(pid, signal);
+        kill(pid, signal).ok()?;
         let end = run.end();
-        if !end.status.success() {
-            assert_eq!(end.status.code(), Some(1), "{end:?}");
-            let error = format!("process {pid} was killed by {signal}");
-            assert!(end.errors.contains(&error), "{error}: {end:?}");
-            return;
-        }
-    }
-    panic!("ten runs have succeeded in which a process was killed");
+        (!end.status.success()).then_some((end, pid))
+    });
+    assert_eq!(end.status.code(), Some(1), "{end:?}");
+    let error = format!("process {pid} was killed by {signal}");
+    assert!(end.errors.contains(&error), "{error}: {end:?}");
 }
 
 #[test]
 fn a_stopped_reader_does_not_outlive_the_writer_that_was_killed() {
-    let mut run = Run::start("exec \"$0\"");
-    let (writer, reader) = (run.pid(WRITER), run.pid(READER));
-    kill(reader, Signal::SIGSTOP).unwrap();
-    poll(|| ['T', 'Z'].contains(&state(reader)));
-    kill(writer, Signal::SIGKILL).unwrap();
-    let end = run.end();
+    let end = repeat(|| {
+        let mut run = Run::start("exec \"$0\"");
+        let (writer, reader) = (run.pid(WRITER), run.pid(READER));
+        kill(reader, Signal::SIGSTOP).ok()?;
+        poll(|| ['T', 'Z'].contains(&state(reader)));
+        kill(writer, Signal::SIGKILL).ok()?;
+        let end = run.end();
+        (!end.status.success()).then_some(end)
+    });
     assert_eq!(end.status.code(), Some(1), "{end:?}");
 }
 
@@ -114,6 +115,12 @@ fn both_end_when_the_parent_was_killed() {
 fn all_end_when_nobody_can_print() {
     let end = Run::start("exec \"$0\" > /dev/full").end();
     assert_eq!(end.status.code(), Some(1), "{end:?}");
+}
+
+/// Makes attempts until one gives a result.
+fn repeat<T>(attempt: impl FnMut() -> Option<T>) -> T {
+    let mut attempts = iter::repeat_with(attempt).take(10);
+    attempts.find_map(|result| result).expect("one of ten runs")
 }
 
 /// A run of the demo, in a process group of its own.

@@ -11,7 +11,7 @@ use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt;
-use std::process::{self, Command, ExitStatus};
+use std::process::{Command, ExitStatus};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -59,9 +59,8 @@ fn a_child_that_panics_is_reported_and_loses_nothing() {
 /// A file with room for the parent's lines, and for a part of the child's.
 fn limited(name: &str) -> String {
     let file = format!("{}/{name}", env!("CARGO_TARGET_TMPDIR"));
-    let digits = process::id().to_string().len(); // as the demo's process ids have, mostly
-    let room = "Parent process .\nChild process will start.\nRun child".len() + digits;
-    fs::write(&file, vec![b'\n'; 512 - room]).unwrap();
+    let lines = "Parent process 1234567.\nChild process will start.\nRun";
+    fs::write(&file, vec![b'\n'; 512 - lines.len()]).unwrap();
     file
 }
 
