@@ -115,6 +115,8 @@ fn both_end_when_the_parent_was_killed() {
 fn all_end_when_nobody_can_print() {
     let end = Run::start("exec \"$0\" > /dev/full").end();
     assert_eq!(end.status.code(), Some(1), "{end:?}");
+    let error = " exited with status 1\"\n"; // the writer, for which the parent waits first
+    assert!(end.errors.ends_with(error), "{end:?}");
 }
 
 /// Makes attempts until one gives a result.
