@@ -16,7 +16,7 @@ fn write(q: &Queue) -> Result<(), Box<dyn Error>> {
     for value in ["A", "B", "C"] {
         println!("Put {value} to queue...");
         q.put(value)?;
-        thread::sleep(Duration::from_secs_f64(rand::random()));
+        thread::sleep(Duration::from_secs_f64(rand::random::<f64>()));
     }
     Ok(())
 }
@@ -113,7 +113,7 @@ mod multiprocessing {
             let mut value = vec![0; usize::from_ne_bytes(length)];
             end.read_exact(&mut value).map_err(|_| NO_WRITER)?;
             self.read_end.set(Some(end));
-            Ok(String::from_utf8(value)?)
+            String::from_utf8(value).map_err(|error| error.utf8_error().into())
         }
 
         /// Waits until the reader has dealt with all values, and calls `get` once more. Fails if it

@@ -23,11 +23,11 @@ fn main() -> Result<(), Box<dyn Error>> {
         ),
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            // Python's parent exits slowly; this one might be gone before the child asks for it.
+            // Python's parent exits slowly; this one might be gone before the child asks for its id.
             loop {
                 match waitpid(child, None) {
                     Ok(WaitStatus::Exited(_, 0)) => break,
-                    Err(Errno::EINTR) => {}
+                    Err(Errno::EINTR) => {} // a signal came, so wait again
                     end => return Err(format!("child process: {:?}", end?).into()),
                 }
             }

@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let _r = Command::new("/bin/sh")
         .args(["-c", "ps -aux|grep python"])
         .status()
-        .map_err(|error| format!("/bin/sh: {error}"))?;
+        .map_err(|error| format!("/bin/sh: {error}"))?; // the error alone names no program
 
     println!("---------------");
     io::stdout().flush()?; // before ls prints
