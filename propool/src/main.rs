@@ -122,11 +122,11 @@ mod multiprocessing {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
             }
-            let ends = self
+            let ends: Vec<_> = self
                 .workers
                 .drain(..)
-                .filter_map(|worker| wait(worker).err());
-            let ends: Vec<_> = ends.collect();
+                .filter_map(|worker| wait(worker).err())
+                .collect();
             if ends.is_empty() {
                 return Ok(());
             }

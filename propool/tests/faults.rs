@@ -138,7 +138,7 @@ fn a_task_that_panics_is_reported_and_loses_nothing() {
         full.set_nonblocking(true).unwrap();
         while (&full).write(b" ").is_ok() {}
         full.set_nonblocking(false).unwrap();
-        let run = Run::start(&limited(file), OwnedFd::from(full).into());
+        let run = Run::start(LIMITED, file, OwnedFd::from(full).into());
         poll(|| fs::metadata(file).unwrap().len() == 512 || state(run.parent) == 'Z');
         for child in run.children() {
             poll(|| ['S', 'Z'].contains(&state(child)));
@@ -176,14 +176,12 @@ fn the_workers_end_quietly_and_take_no_task_when_the_parent_was_killed() {
 fn no_worker_is_left_when_the_parent_panics() {
     let file = concat!(env!("CARGO_TARGET_TMPDIR"), "/propool-panics");
     fs::write(file, [b'\n'; 512 - "Parent process 1234567.\n".len()]).unwrap();
-    let end = Run::start(&limited(file), Stdio::piped()).end();
+    let end = Run::start(LIMITED, file, Stdio::piped()).end();
     assert_eq!(end.status.code(), Some(101), "{end:?}");
 }
 
 /// Lets the demo print into a file until there are 512 bytes.
-fn limited(file: &str) -> String {
-    format!("trap '' XFSZ; ulimit -f 1; exec \"$0\" >> \"{file}\"")
-}
+const LIMITED: &str = "trap '' XFSZ; ulimit -f 1; exec \"$0\" >> \"$1\"";
 
 /// Makes attempts until one gives a result.
 fn repeat<T>(attempt: impl FnMut() -> Option<T>) -> T {
@@ -209,11 +207,11 @@ struct End {
 }
 
 impl Run {
-    /// Runs a shell script that becomes the demo by `exec "$0"`.
-    fn start(script: &str, stderr: Stdio) -> Run {
+    /// Runs a shell script that becomes the demo by `exec "$0"`, and knows the file as `$1`.
+    fn start(script: &str, file: &str, stderr: Stdio) -> Run {
         set_child_subreaper(true).unwrap();
         let mut demo = Command::new("/bin/sh")
-            .args(["-c", script, env!("CARGO_BIN_EXE_propool")])
+            .args(["-c", script, env!("CARGO_BIN_EXE_propool"), file])
             .env("RUST_BACKTRACE", "0")
             .process_group(0)
             .stdout(Stdio::piped())
@@ -242,7 +240,7 @@ impl Run {
     /// A run in which each of four workers runs a task, and the workers in the order of the tasks.
     fn in_tasks() -> (Run, [Pid; 4]) {
         repeat(|| {
-            let mut run = Run::start("exec \"$0\"", Stdio::piped());
+            let mut run = Run::start("exec \"$0\"", "", Stdio::piped());
             let mut lines: Vec<String> = iter::from_fn(|| run.line()).take(6).collect();
             lines.retain(|line| line.starts_with("Run task "));
             lines.sort();
