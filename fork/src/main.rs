@@ -6,15 +6,14 @@
 use std::error::Error;
 use std::io::{self, Write};
 
-use nix::errno::Errno;
-use nix::sys::wait::{WaitStatus, waitpid};
+use nix::sys::wait::waitpid;
 use nix::unistd::{ForkResult, fork, getpid, getppid};
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("Process ({}) start...", getpid());
-    io::stdout().flush()?; // the child would print what is left, too
+    io::stdout().flush()?; // otherwise the child prints what is still buffered as well
     // Only works on Unix/Linux/Mac:
-    // SAFETY: this process has a single thread, so its child may do whatever it may do itself.
+    // SAFETY: with one thread here, the child is not limited to async-signal-safe functions.
     match unsafe { fork() }? {
         ForkResult::Child => println!(
             "I am child process ({}) and my parent is {}.",
@@ -23,14 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ),
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            // Python's parent exits slowly; this one might be gone before the child asks for its id.
-            loop {
-                match waitpid(child, None) {
-                    Ok(WaitStatus::Exited(_, 0)) => break,
-                    Err(Errno::EINTR) => {} // a signal came, so wait again
-                    end => return Err(format!("child process: {:?}", end?).into()),
-                }
-            }
+            waitpid(child, None)?; // otherwise the parent may end before the child asks for its id
         }
     }
     Ok(())

@@ -7,7 +7,7 @@ use std::process::Command;
 fn parent_and_child_know_each_other() {
     for _ in 0..200 {
         let run = Command::new(env!("CARGO_BIN_EXE_fork")).output().unwrap();
-        assert!(run.status.success(), "{run:?}");
+        assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
         let output = String::from_utf8(run.stdout).unwrap();
         let lines: Vec<&str> = output.lines().collect();
         assert_eq!(lines.len(), 3, "not three lines: {output}");
