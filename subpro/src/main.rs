@@ -11,7 +11,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let _r = Command::new("/bin/sh")
         .args(["-c", "ps -aux|grep python"])
         .status()
-        .map_err(|error| format!("/bin/sh: {error}"))?; // the error alone names no program
+        .map_err(|e| format!("/bin/sh: {e}"))?; // the error alone names no program
 
     println!("---------------");
     io::stdout().flush()?; // before ls prints
@@ -19,7 +19,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let _r2 = Command::new("ls")
         .args(["-l"])
         .status()
-        .map_err(|error| format!("ls: {error}"))?;
+        .map_err(|e| format!("ls: {e}"))?;
 
     println!("---------------");
     io::stdout().flush()?; // before ping prints
@@ -27,7 +27,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     let mut r3 = Command::new("ping")
         .args(["-c", "4", "www.baidu.com"])
         .spawn()
-        .map_err(|error| format!("ping: {error}"))?;
+        .map_err(|e| format!("ping: {e}"))?;
     r3.wait()?; // Let the parent wait until the child has ended
     Ok(())
 }

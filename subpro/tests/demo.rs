@@ -1,13 +1,16 @@
 //! What the tutorial shows in 四、subprocess: whoever changes `main` changes this file, too.
 //!
 //! Scripts stand in for the programs that it runs, so that no network is needed. Each prints its
-//! name and its arguments and fails, which Python does not mind.
+//! name and its arguments and fails, which Python does not mind. The one for ping closes its output
+//! before it ends, sleeps, and writes a file, which exists after the run if the parent has waited.
 
+use std::fs;
 use std::process::{Command, Output};
 
 const SCRIPT: &str = r#"#!/bin/sh
 [ ${0##*/} = grep ] && /bin/cat
 printf '%s' ${0##*/}; printf ' [%s]' "$@"; echo
+[ ${0##*/} = ping ] && exec >&- 2>&- && /bin/sleep 0.3 && : >"$0.ended"
 exit 1"#;
 
 const LINES: [&str; 6] = [
@@ -22,8 +25,10 @@ const LINES: [&str; 6] = [
 #[test]
 fn three_programs_print_in_order() {
     let run = run("all", &["ps", "grep", "ls", "ping"]);
-    assert!(run.status.success(), "{run:?}");
+    assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
     assert_eq!(lines(&run), LINES);
+    let ping_ended = concat!(env!("CARGO_TARGET_TMPDIR"), "/all/ping.ended");
+    assert!(fs::exists(ping_ended).unwrap(), "the parent did not wait");
 }
 
 #[test]
