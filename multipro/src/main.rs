@@ -23,26 +23,30 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What Python brings along.
-mod multiprocessing {
+/// The part of Python's `multiprocessing` that this program needs.
+pub mod multiprocessing {
     use std::error::Error;
     use std::io::{self, Write};
     use std::panic::{self, AssertUnwindSafe};
+    use std::process::{ExitCode, Termination};
 
     use nix::errno::Errno;
     use nix::libc::_exit;
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// Waits for its child when it is dropped without a `join`, as Python does when it exits.
-    pub struct Process<A> {
-        target: fn(A),
-        args: Option<A>,  // until its start
-        pid: Option<Pid>, // from then on until it is reaped
+    /// A child process that runs a function.
+    ///
+    /// A process that is dropped without `join` is not waited for, as with std's `Child`.
+    pub struct Process<A, R> {
+        target: fn(A) -> R,
+        args: Option<A>,  // `None` once started
+        pid: Option<Pid>, // `Some` from the start until it has been waited for
     }
 
-    impl<A> Process<A> {
-        pub fn new(target: fn(A), args: A) -> Self {
+    impl<A, R: Termination> Process<A, R> {
+        /// Makes a process that `start` lets run `target` with the argument `args`.
+        pub fn new(target: fn(A) -> R, args: A) -> Self {
             Process {
                 target,
                 args: Some(args),
@@ -50,49 +54,55 @@ mod multiprocessing {
             }
         }
 
-        /// The caller must see to it that this process has a single thread: a lock that another one
-        /// holds would never be released in the child. A target that draws from `rand` must call
-        /// `rand::rng().reseed()` first, or it may draw the same numbers as its parent.
+        /// Starts the child, which runs the target and ends. An error or a panic of the target is
+        /// printed to stderr, and shows as exit status 1. `start` fails if stdout cannot be flushed
+        /// or the system has no room for another process. It panics the second time.
+        ///
+        /// Call this only while the calling process has one thread: fork copies that thread alone,
+        /// so a lock that another thread holds stays locked in the child for ever. A target that
+        /// uses `rand` must first call `rand::rng().reseed()`; otherwise it may draw the same
+        /// numbers as its parent.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
-            io::stdout().flush()?; // the child would print what is left, too
-            // SAFETY: the caller sees to it that this process has a single thread, so its child may
-            // do whatever it may do itself.
-            match unsafe { fork() }.map_err(|error| format!("fork: {error}"))? {
+            // Otherwise the child prints what is still buffered as well.
+            io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
+            // SAFETY: the caller sees to it that this process has one thread, so the child is not
+            // limited to async-signal-safe functions.
+            match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
-                    let run = || self.args.take().map(self.target);
+                    let run = || self.args.take().map(self.target).map(R::report);
+                    // Never dropped, since the drop of a panic's payload may panic again.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-                    let flushed = io::stdout().flush(); // if it fails, status 1 tells
-                    // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
-                    unsafe { _exit(i32::from(ended.is_err() || flushed.is_err())) }
+                    let ok = matches!(ended, Ok(code) if code == Some(ExitCode::SUCCESS));
+                    let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
+                    // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the exit
+                    // handlers that are the parent's.
+                    unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                 }
-                ForkResult::Parent { child } => (self.pid, self.args) = (Some(child), None),
+                ForkResult::Parent { child } => {
+                    self.pid = Some(child);
+                    self.args = None;
+                }
             }
             Ok(())
         }
 
-        /// Fails if the child panicked, was killed or exited with a status other than 0.
+        /// Waits for the child to end, unless it has been waited for already. Fails if the exit
+        /// status is not 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
-            while let Some(pid) = self.pid {
-                let end = match waitpid(pid, None) {
-                    Ok(WaitStatus::Exited(_, 0)) => Ok(()),
-                    Ok(WaitStatus::Exited(_, code)) => Err(format!("exited with status {code}")),
-                    Ok(WaitStatus::Signaled(_, by, _)) => Err(format!("was killed by {by}")),
-                    Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-                    Err(error) => Err(format!("cannot be waited for: {error}")),
+            let Some(pid) = self.pid.take() else {
+                return Ok(());
+            };
+            loop {
+                let failure = match waitpid(pid, None) {
+                    Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+                    Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
+                    Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+                    Ok(_) | Err(Errno::EINTR) => continue, // the child has not ended yet
+                    Err(e) => format!("cannot be waited for: {e}"),
                 };
-                self.pid = None;
-                end.map_err(|end| format!("process {pid} {end}"))?;
-            }
-            Ok(())
-        }
-    }
-
-    impl<A> Drop for Process<A> {
-        fn drop(&mut self) {
-            if let Some(Err(error)) = self.pid.map(|_| self.join()) {
-                let _ = writeln!(io::stderr(), "Error: {error}"); // there is nobody else to tell
+                return Err(format!("process {pid} {failure}").into());
             }
         }
     }

@@ -7,7 +7,7 @@ fn the_child_prints_between_start_and_end() {
     let run = Command::new(env!("CARGO_BIN_EXE_multipro"))
         .output()
         .unwrap();
-    assert!(run.status.success(), "{run:?}");
+    assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
     let output = String::from_utf8(run.stdout).unwrap();
     let lines: Vec<&str> = output.lines().collect();
     assert_eq!(lines.len(), 4, "not four lines: {output}");
