@@ -34,149 +34,150 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// What Python brings along.
-mod multiprocessing {
+/// The part of Python's `multiprocessing` that this program needs.
+pub mod multiprocessing {
     use std::error::Error;
-    use std::fs::File;
-    use std::io::{self, Read, Write};
+    use std::io::{self, PipeReader, PipeWriter, Read, Write};
     use std::{mem, panic};
 
     use nix::errno::Errno;
-    use nix::fcntl::{FcntlArg, FdFlag, fcntl};
     use nix::libc::_exit;
-    use nix::sys::signal::{Signal, kill};
-    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
-    use nix::unistd::{ForkResult, Pid, fork, getpid, getppid, pipe};
+    use nix::sys::wait::{WaitStatus, waitpid};
+    use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
-    /// Workers that read their tasks from one pipe: whoever is free takes the next.
+    /// Worker processes that read tasks from one pipe; whichever is free takes the next.
     ///
-    /// A task is written whole, as it is far shorter than `PIPE_BUF`, and read whole, as all have
-    /// one length and the kernel lets one process at a time read. A pool that is dropped before its
-    /// `join` kills its workers. If this process is killed, they end after their tasks, but idle ones
-    /// only when what was forked after the pool has ended.
+    /// A pool that is dropped without `join` is not waited for, as with std's `Child`. When the parent
+    /// has ended, each worker leaves after the task that it is in, and queued tasks are lost; an idle
+    /// worker stays as long as a process that was forked after the pool holds the pipe.
     pub struct Pool {
-        tasks: Option<File>, // the write end, until `close`
-        workers: Vec<Pid>,   // until they are reaped
+        tasks: Option<PipeWriter>, // `None` once closed
+        workers: Vec<Pid>,         // empty once they have been waited for
     }
 
-    /// The address of a function, which is the same in a fork of this program, and its argument.
-    /// With the address 0 it is no task, but tells one worker to stop.
+    /// The address of a function, which is the same in every fork of a program, and its argument.
+    /// The address 0 tells the worker that reads it to stop.
+    ///
+    /// A task is written in one piece, since it is shorter than `PIPE_BUF`, and read in one piece,
+    /// since all have one length and the kernel lets one process at a time read from a pipe.
     type Task = [[u8; size_of::<usize>()]; 2];
 
     impl Pool {
-        /// The caller must see to it that this process has a single thread: a lock that another one
-        /// holds would never be released in a worker.
+        /// Makes a pool of `processes` workers. Fails if that is 0, if stdout cannot be flushed, or
+        /// if the system has no room for the pipe or for another process.
+        ///
+        /// Call this only while the calling process has one thread: fork copies that thread alone,
+        /// so a lock that another thread holds stays locked in the workers for ever.
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
             }
-            let (reader, writer) = pipe().map_err(|error| format!("pipe: {error}"))?;
-            for end in [&reader, &writer] {
-                // A program that somebody runs would have it open, too.
-                fcntl(end, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
-            }
+            let (read_end, write_end) = io::pipe().map_err(|e| format!("pipe: {e}"))?;
             let mut pool = Pool {
-                tasks: Some(writer.into()),
+                tasks: Some(write_end),
                 workers: Vec::new(),
             };
-            io::stdout().flush()?; // the workers would print what is left, too
+            // Otherwise the workers print what is still buffered as well.
+            io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             let parent = getpid();
             for _ in 0..processes {
-                // SAFETY: the caller sees to it that this process has a single thread, so its child
-                // may do whatever it may do itself.
-                match unsafe { fork() }.map_err(|error| format!("fork: {error}"))? {
+                // SAFETY: the caller sees to it that this process has one thread, so the child is
+                // not limited to async-signal-safe functions.
+                match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                     ForkResult::Child => {
-                        pool.tasks = None; // unused here; it would hold off the end-of-file
-                        let ended = panic::catch_unwind(|| work(reader.into(), parent));
-                        // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
-                        unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(true))))) }
+                        // As long as a worker holds the write end, it never sees end-of-file.
+                        pool.tasks = None;
+                        let ended = panic::catch_unwind(|| work(read_end, parent));
+                        let ok = matches!(ended, Ok(true));
+                        let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
+                        // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the
+                        // exit handlers that are the parent's.
+                        unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                     }
                     ForkResult::Parent { child } => pool.workers.push(child),
                 }
             }
-            Ok(pool) // `reader` closes, unused here; it would hide that no worker is left
+            Ok(pool) // `read_end` closes: as long as the parent held it, no write would fail
         }
 
-        /// Waits while the pipe is full; mostly it holds 4,096 tasks. `func` must be a part of the
-        /// program, or of a library that was loaded before the pool was made.
+        /// Queues a task for the workers: a call of `func` with `arg`. Waits while the pipe is
+        /// full, on most systems at 4,096 tasks. Fails after `close`, and if no worker is left.
+        ///
+        /// `func` must be in the program, or in a library that was loaded before the pool was made.
         pub fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Box<dyn Error>> {
             let tasks = self.tasks.as_mut().ok_or("Pool not running")?;
             let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
-            let _ = tasks.write_all(task.as_flattened()); // if no worker is left, `join` says why
-            Ok(())
+            let written = tasks.write_all(task.as_flattened());
+            written.map_err(|_| "no worker is left".into()) // so nobody holds the read end
         }
 
+        /// Tells the workers to stop after the tasks that are queued; no more can be queued then.
         /// Waits while the pipe is full.
         pub fn close(&mut self) {
             if let Some(mut tasks) = self.tasks.take() {
-                // The end-of-file may not come: what was forked later has this write end, too.
+                // It is not enough to close this end: a process forked later holds it as well.
                 for _ in &self.workers {
-                    let _ = tasks.write_all(Task::default().as_flattened()); // as above
+                    // A write fails if no worker is left, and `join` says why none is.
+                    let _ = tasks.write_all(Task::default().as_flattened());
                 }
             }
         }
 
-        /// Fails if a worker was killed, or exited with a status other than 0: with 1, in the end, if
-        /// one of its tasks panicked.
+        /// Waits for all workers to end. Fails before `close`. Fails if a worker's exit status is
+        /// not 0, and names each such worker: 0 means that it was told to stop and that none of its
+        /// tasks panicked. (A task that calls `exit(0)` gives its worker the same status.)
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
             }
-            let ends: Vec<_> = self
-                .workers
-                .drain(..)
-                .filter_map(|worker| wait(worker).err())
-                .collect();
-            if ends.is_empty() {
-                return Ok(());
-            }
-            Err(ends.join(", ").into())
-        }
-    }
-
-    impl Drop for Pool {
-        fn drop(&mut self) {
-            for &worker in &self.workers {
-                // If it is not alive, its process id may by now be a stranger's.
-                if waitpid(worker, Some(WaitPidFlag::WNOHANG)) == Ok(WaitStatus::StillAlive) {
-                    let _ = kill(worker, Signal::SIGKILL);
-                    let _ = wait(worker); // it was killed just now
+            let mut failures = Vec::new();
+            for worker in self.workers.drain(..) {
+                if let Err(failure) = wait(worker) {
+                    failures.push(failure);
                 }
             }
+            if failures.is_empty() {
+                return Ok(());
+            }
+            Err(failures.join(", ").into())
         }
     }
 
-    /// Runs tasks until this worker is to stop, or its parent has died. Returns whether none panicked.
-    fn work(mut tasks: File, parent: Pid) -> Result<bool, Box<dyn Error>> {
-        rand::rng().reseed()?; // or all workers may draw the same numbers
-        let mut well = true;
+    /// Runs tasks until this worker is told to stop. Returns whether it was, and no task panicked.
+    fn work(mut tasks: PipeReader, parent: Pid) -> bool {
+        // Otherwise the workers may all draw the same numbers.
+        rand::rng().reseed().expect("new random numbers");
+        let mut ok = true;
         let mut task = Task::default();
-        // A parent that has died may have left tasks before the end-of-file.
-        while tasks.read_exact(task.as_flattened_mut()).is_ok() && getppid() == parent {
+        // A worker whose parent has ended takes no task, nor does a process that a task has forked
+        // and that comes back from the task.
+        while getppid() == parent && tasks.read_exact(task.as_flattened_mut()).is_ok() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
-                break;
+                return ok;
             }
-            // SAFETY: `apply_async` wrote the address of a `fn(usize)`. Its caller saw to it that the
-            // function was there when this worker was forked, so it is here, too.
+            // SAFETY: `apply_async` wrote the address of a `fn(usize)`. Its caller sees to it that
+            // the function was there when this worker was forked, so it is there here as well.
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
-            well &= panic::catch_unwind(|| func(arg)).is_ok(); // it ends the task, not the worker
+            if let Err(payload) = panic::catch_unwind(|| func(arg)) {
+                ok = false;
+                mem::forget(payload); // since its drop may panic again
+            }
         }
-        io::stdout().flush()?; // if it fails, status 1 tells
-        Ok(well)
+        false
     }
 
-    /// Waits until `worker` has ended, and reaps it. Fails unless it exited with status 0.
+    /// Waits for `worker` to end. Fails unless its exit status is 0.
     fn wait(worker: Pid) -> Result<(), String> {
         loop {
-            let end = match waitpid(worker, None) {
+            let failure = match waitpid(worker, None) {
                 Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
-                Ok(WaitStatus::Exited(_, code)) => format!("exited with status {code}"),
-                Ok(WaitStatus::Signaled(_, by, _)) => format!("was killed by {by}"),
-                Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-                Err(error) => format!("cannot be waited for: {error}"),
+                Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
+                Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+                Ok(_) | Err(Errno::EINTR) => continue, // the worker has not ended yet
+                Err(e) => format!("cannot be waited for: {e}"),
             };
-            return Err(format!("worker {worker} {end}"));
+            return Err(format!("worker {worker} {failure}"));
         }
     }
 }

@@ -1,56 +1,126 @@
 //! What the tutorial shows in 三、进程池: whoever changes `main` changes this file, too.
 
 use std::collections::HashSet;
-use std::process::Command;
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::thread;
+use std::time::{Duration, Instant};
 
+/// Forty numbers from [0, 3) lie within a third of it once in 10^17 times, and add up to less than
+/// 19.8 once in 10^15 times. A run takes at least a quarter of its share, since four workers sleep.
 #[test]
-fn five_tasks_are_done_once_each_by_at_most_four_workers() {
-    let lines = run();
+fn five_tasks_are_done_once_each_and_sleep_for_random_times() {
+    let runs = [(); 8].map(|()| {
+        thread::spawn(|| {
+            let begin = Instant::now();
+            let mut run = start();
+            let lines: Vec<String> = read(&mut run).into_iter().collect();
+            let times = end(run, &lines);
+            (times, begin.elapsed().as_secs_f64())
+        })
+    });
+    let (mut times, mut seconds) = (Vec::new(), 0.0);
+    for run in runs {
+        let run = run.join().unwrap();
+        times.extend(run.0);
+        seconds += run.1;
+    }
+    let longest = times.iter().copied().fold(0.0, f64::max);
+    let shortest = times.iter().copied().fold(3.0, f64::min);
+    assert!(longest - shortest > 1.0, "not random: {times:?}");
+    assert!(seconds > 19.8 / 4.0, "eight runs took {seconds} seconds");
+}
+
+/// Each worker is stopped in its task, until all have one, and longer than a task sleeps.
+///
+/// A run in which too many tasks were faster than that, or none had looked at the clock before it
+/// was stopped, shows nothing, and another one is made.
+#[test]
+fn four_workers_measure_the_time_of_their_tasks() {
+    for _ in 0..20 {
+        let mut run = start();
+        let lines = read(&mut run);
+        let (mut printed, mut begun) = (Vec::new(), Vec::new());
+        let mut stopped = HashSet::new();
+        while stopped.len() < 4 && begun.len() < 5 {
+            // With less than four workers, nobody prints any more.
+            let Ok(line) = lines.recv_timeout(Duration::from_secs(10)) else {
+                break;
+            };
+            if let Some(worker) = worker(&line) {
+                thread::sleep(Duration::from_millis(10));
+                signal("STOP", worker);
+                stopped.insert(worker.to_string());
+                begun.push(line.clone());
+            }
+            printed.push(line);
+        }
+        thread::sleep(Duration::from_millis(3_100));
+        stopped.iter().for_each(|worker| signal("CONT", worker));
+        printed.extend(lines);
+        let times = end(run, &printed);
+        if stopped.len() == 4 && times.iter().any(|&time| time > 3.0) {
+            return;
+        }
+    }
+    panic!("there are less than four workers, or no task measures its time");
+}
+
+fn start() -> Child {
+    let mut propool = Command::new(env!("CARGO_BIN_EXE_propool"));
+    let propool = propool.stdout(Stdio::piped()).stderr(Stdio::piped());
+    propool.spawn().unwrap()
+}
+
+/// The lines that the run prints, one after the other.
+fn read(run: &mut Child) -> mpsc::Receiver<String> {
+    let (sender, lines) = mpsc::channel();
+    let stdout = BufReader::new(run.stdout.take().unwrap());
+    thread::spawn(move || {
+        stdout
+            .lines()
+            .try_for_each(|line| sender.send(line.unwrap()))
+    });
+    lines
+}
+
+/// The process id in a line that says which task a worker runs.
+fn worker(line: &str) -> Option<&str> {
+    line.strip_prefix("Run task ")?.split(['(', ')']).nth(1)
+}
+
+/// Sends a signal, unless the process has ended by now.
+fn signal(name: &str, process: &str) {
+    let kill = format!("kill -{name} {process}");
+    let mut sh = Command::new("/bin/sh");
+    sh.args(["-c", &kill]).output().unwrap();
+}
+
+/// Waits for the run to end, and checks all that it has printed. Returns the tasks' times.
+fn end(run: Child, lines: &[String]) -> Vec<f64> {
+    let run = run.wait_with_output().unwrap();
+    assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
     assert_eq!(lines.len(), 13, "not thirteen lines: {lines:?}");
     let parent = lines[0].strip_prefix("Parent process ").unwrap();
     let parent = parent.strip_suffix(".").unwrap();
     assert!(lines.contains(&"Waiting for all subprocesses done...".to_string()));
     assert_eq!(lines[12], "All subprocesses done.");
 
-    let mut workers = HashSet::new();
+    let (mut workers, mut times) = (HashSet::new(), Vec::new());
     for task in 0..5 {
         let place = |begin: &str| lines.iter().position(|line| line.starts_with(begin));
         let run = place(&format!("Run task {task} (")).expect("a task that is run");
-        let end = place(&format!("Task {task} runs ")).expect("a task that ends");
+        let runs = format!("Task {task} runs ");
+        let end = place(&runs).expect("a task that ends");
         assert!(run < end, "task {task} ends before it is run: {lines:?}");
-        workers.insert(lines[run].split(['(', ')']).nth(1).unwrap());
+        workers.insert(worker(&lines[run]).unwrap());
+
+        let time = lines[end][runs.len()..].strip_suffix(" seconds.").unwrap();
+        assert_eq!(time.find('.'), Some(time.len() - 3), "not %0.2f: {time}");
+        times.push(time.parse().unwrap());
     }
     assert!(workers.len() <= 4, "more than four workers: {lines:?}");
     assert!(!workers.contains(parent), "a task in the parent: {lines:?}");
-}
-
-/// Forty numbers from [0, 3) lie within a third of it once in 10^17 times.
-#[test]
-fn the_tasks_take_random_times() {
-    let runs = [(); 8].map(|()| thread::spawn(run));
-    let lines: Vec<String> = runs
-        .into_iter()
-        .flat_map(|run| run.join().unwrap())
-        .collect();
-    let seconds: Vec<f64> = lines
-        .iter()
-        .filter_map(|line| line.strip_suffix(" seconds.")?.split(' ').next_back())
-        .inspect(|time| assert_eq!(time.find('.'), Some(time.len() - 3), "not %0.2f: {time}"))
-        .map(|time| time.parse().unwrap())
-        .collect();
-    assert_eq!(seconds.len(), 40);
-    let longest = seconds.iter().copied().fold(0.0, f64::max);
-    let shortest = seconds.iter().copied().fold(3.0, f64::min);
-    assert!(longest - shortest > 1.0, "not random: {seconds:?}");
-}
-
-/// The lines that a run prints.
-fn run() -> Vec<String> {
-    let run = Command::new(env!("CARGO_BIN_EXE_propool"))
-        .output()
-        .unwrap();
-    assert!(run.status.success(), "{run:?}");
-    let output = String::from_utf8(run.stdout).unwrap();
-    output.lines().map(String::from).collect()
+    times
 }

@@ -1,0 +1,461 @@
+//! What `mod multiprocessing` promises: a table of small programs, and what must come of each.
+//!
+//! A program runs in a process of its own, which has a single thread, as the module asks. To add a
+//! promise, copy one. `cargo test -- 'a worker'` runs those whose names contain these words.
+
+use std::error::Error;
+use std::fs::File;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
+use std::process::{self, Command, Stdio};
+use std::sync::{LazyLock, mpsc};
+use std::time::Duration;
+use std::{env, panic, thread};
+
+use nix::libc;
+use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
+use nix::sys::wait::{WaitStatus, wait};
+use nix::unistd::{Pid, fork, getpid, getppid};
+
+use demo::multiprocessing::Pool;
+
+#[path = "../src/main.rs"]
+#[allow(dead_code)]
+mod demo;
+
+struct Promise {
+    name: &'static str,
+    program: fn() -> Result<(), Box<dyn Error>>,
+    holds: fn(&Run) -> bool,
+}
+
+/// What came of a program.
+#[derive(Debug)]
+struct Run {
+    ok: bool, // whether its exit status was 0
+    output: String,
+    errors: String,
+}
+
+const PROMISES: &[Promise] = &[
+    Promise {
+        name: "each task is done once, however many are queued",
+        program: || {
+            let mut p = Pool::new(4)?;
+            for i in 0..20_000 {
+                p.apply_async(|i| println!("{i}"), i)?;
+            }
+            p.close();
+            p.join()
+        },
+        holds: |run| {
+            let mut done: Vec<usize> = run.output.lines().map(|i| i.parse().unwrap()).collect();
+            done.sort();
+            run.ok && done.into_iter().eq(0..20_000)
+        },
+    },
+    Promise {
+        name: "a worker that is free takes the next task",
+        program: || {
+            LazyLock::force(&SIGN);
+            let mut p = Pool::new(2)?;
+            p.apply_async(|_| (&SIGN.0).read_exact(&mut [0]).unwrap(), 0)?;
+            for i in 1..10 {
+                p.apply_async(|i| println!("{i}"), i)?;
+            }
+            p.apply_async(|_| (&SIGN.1).write_all(&[0]).unwrap(), 0)?;
+            p.close();
+            p.join()
+        },
+        holds: |run| run.ok && run.output == "1\n2\n3\n4\n5\n6\n7\n8\n9\n",
+    },
+    Promise {
+        name: "each worker that failed is named, and the others do the rest",
+        program: || {
+            let mut p = Pool::new(4)?;
+            let be_killed = |_| {
+                announce("was killed by SIGKILL");
+                signal::raise(Signal::SIGKILL).unwrap();
+            };
+            let exit = |_| {
+                announce("exited with status 3");
+                process::exit(3);
+            };
+            p.apply_async(be_killed, 0)?;
+            p.apply_async(exit, 0)?;
+            p.apply_async(be_killed, 0)?;
+            for i in 0..50 {
+                p.apply_async(|_| println!("done"), i)?;
+            }
+            p.close();
+            p.join()
+        },
+        holds: |run| {
+            let (done, failed): (Vec<_>, Vec<_>) = run.output.lines().partition(|&l| l == "done");
+            let named = failed.iter().all(|failure| run.errors.contains(failure));
+            !run.ok && done.len() == 50 && failed.len() == 3 && named
+        },
+    },
+    Promise {
+        name: "a panic ends its task, is shown and reported, and its worker goes on",
+        program: || {
+            let mut p = Pool::new(1)?;
+            p.apply_async(|_| panic::panic_any(PanicsWhenDropped), 0)?;
+            p.apply_async(|_| panic!("no bread"), 0)?;
+            p.apply_async(|_| announce("exited with status 1"), 0)?;
+            p.close();
+            p.join()
+        },
+        holds: |run| run.failed_as_announced() && run.errors.contains("no bread"),
+    },
+    Promise {
+        name: "an unfinished line comes out once, after a panic as well",
+        program: || {
+            print!("parent, ");
+            let mut p = Pool::new(1)?;
+            let task = |_| {
+                print!("task, ");
+                panic!("no bread");
+            };
+            p.apply_async(task, 0)?;
+            p.close();
+            let joined = p.join();
+            print!("end");
+            joined
+        },
+        holds: |run| !run.ok && run.output == "parent, task, end",
+    },
+    Promise {
+        name: "a worker that leaves without being told to stop has failed",
+        program: || {
+            LazyLock::force(&SIGN);
+            let mut p = Pool::new(1)?;
+            let lay_dev_null_over_the_pipe = |_| {
+                (&SIGN.0).read_exact(&mut [0]).unwrap();
+                announce("exited with status 1");
+                let null = File::open("/dev/null").unwrap();
+                for fd in 3..null.as_raw_fd() {
+                    // SAFETY: whoever uses these descriptors reads end-of-file from now on.
+                    unsafe { libc::dup2(null.as_raw_fd(), fd) };
+                }
+            };
+            p.apply_async(lay_dev_null_over_the_pipe, 0)?;
+            for i in 1..4 {
+                p.apply_async(|i| println!("{i}"), i)?;
+            }
+            p.close();
+            (&SIGN.1).write_all(&[0])?;
+            p.join()
+        },
+        holds: |run| run.failed_as_announced(),
+    },
+    Promise {
+        name: "a process that comes back from a task takes none",
+        program: || {
+            let mut p = Pool::new(1)?;
+            // SAFETY: a worker has a single thread.
+            p.apply_async(|_| assert!(unsafe { fork() }.is_ok()), 0)?;
+            for i in 1..40 {
+                p.apply_async(|i| println!("{i} for {}", getppid()), i)?;
+            }
+            p.close();
+            p.join()?;
+            println!("all for {}", getpid());
+            Ok(())
+        },
+        holds: |run| {
+            let parent = run.output.trim_end().rsplit(' ').next().unwrap();
+            let done = (1..40).map(|i| format!("{i} for {parent}\n"));
+            run.ok && run.output == done.collect::<String>() + &format!("all for {parent}\n")
+        },
+    },
+    Promise {
+        name: "a pool can be joined while a later one lives",
+        program: || {
+            let mut first = Pool::new(2)?;
+            let mut second = Pool::new(2)?;
+            first.close();
+            first.join()?;
+            println!("first");
+            second.apply_async(|_| println!("second"), 0)?;
+            second.close();
+            second.join()
+        },
+        holds: |run| run.ok && run.output == "first\nsecond\n",
+    },
+    Promise {
+        name: "no task is begun when the parent has been killed",
+        program: || {
+            LazyLock::force(&SIGN);
+            let mut p = Pool::new(1)?;
+            let kill_the_parent = |_| {
+                (&SIGN.0).read_exact(&mut [0]).unwrap();
+                let parent = getppid();
+                signal::kill(parent, Signal::SIGKILL).unwrap();
+                while getppid() == parent {}
+            };
+            p.apply_async(kill_the_parent, 0)?;
+            p.apply_async(|_| println!("begun"), 0)?;
+            p.close();
+            (&SIGN.1).write_all(&[0])?;
+            p.join()
+        },
+        holds: |run| !run.ok && run.output.is_empty() && run.errors.is_empty(),
+    },
+    Promise {
+        name: "the workers of a pool that is dropped end",
+        program: || {
+            drop(Pool::new(4)?);
+            while let Ok(WaitStatus::Exited(_, status)) = wait() {
+                println!("{status}");
+            }
+            Ok(())
+        },
+        holds: |run| run.ok && run.output == "1\n1\n1\n1\n" && run.errors.is_empty(),
+    },
+    Promise {
+        name: "a worker draws numbers of its own",
+        program: || {
+            println!("{}", rand::random::<u64>());
+            let mut pools = [Pool::new(1)?, Pool::new(1)?];
+            for p in &mut pools {
+                p.apply_async(|_| println!("{}", rand::random::<u64>()), 0)?;
+                p.close();
+                p.join()?;
+            }
+            println!("{}", rand::random::<u64>());
+            Ok(())
+        },
+        holds: |run| {
+            let mut numbers: Vec<&str> = run.output.lines().collect();
+            numbers.sort();
+            numbers.dedup();
+            run.ok && numbers.len() == 4
+        },
+    },
+    Promise {
+        name: "signals interrupt neither the parent nor a worker",
+        program: || {
+            extern "C" fn do_nothing(_: i32) {}
+            let handler = SigHandler::Handler(do_nothing);
+            let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+            // SAFETY: the handler does nothing.
+            unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
+            let mut p = Pool::new(2)?;
+            let signal_all = |_| {
+                for _ in 0..20 {
+                    thread::sleep(Duration::from_millis(5));
+                    signal::kill(Pid::from_raw(0), Signal::SIGUSR1).unwrap();
+                }
+            };
+            p.apply_async(signal_all, 0)?;
+            p.close();
+            p.join()
+        },
+        holds: |run| run.ok,
+    },
+    Promise {
+        name: "when no worker is left, a task cannot be queued, and `join` says why",
+        program: || {
+            let mut p = Pool::new(1)?;
+            let die = |_| {
+                announce("was killed by SIGKILL");
+                signal::raise(Signal::SIGKILL).unwrap();
+            };
+            p.apply_async(die, 0)?;
+            while p.apply_async(|_| (), 0).is_ok() {}
+            println!("{}", p.apply_async(|_| (), 0).unwrap_err());
+            p.close();
+            p.join()
+        },
+        holds: |run| {
+            let (failure, refusal) = run.output.split_once('\n').unwrap();
+            let joined = run.errors == format!("Error: \"{failure}\"\n");
+            !run.ok && refusal == "no worker is left\n" && joined
+        },
+    },
+    Promise {
+        name: "a misuse is an error in Python's words",
+        program: || {
+            println!("{}", Pool::new(0).err().unwrap());
+            let mut p = Pool::new(1)?;
+            println!("{}", p.join().unwrap_err());
+            p.close();
+            println!("{}", p.apply_async(|_| (), 0).unwrap_err());
+            p.join()?;
+            p.close();
+            p.join()
+        },
+        holds: |run| {
+            let words = "Number of processes must be at least 1\n\
+                Pool is still running\n\
+                Pool not running\n";
+            run.ok && run.output == words
+        },
+    },
+    Promise {
+        name: "an error says that there is no room for a pipe",
+        program: || {
+            let none = libc::rlimit {
+                rlim_cur: 0,
+                rlim_max: 0,
+            };
+            // SAFETY: `setrlimit` reads `none`, and no more.
+            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) };
+            Pool::new(1).map(drop)
+        },
+        holds: |run| !run.ok && run.errors.starts_with("Error: \"pipe: "),
+    },
+    Promise {
+        name: "an error says that output was lost before the workers started",
+        program: || {
+            print!("unfinished");
+            break_stdout();
+            Pool::new(1).map(drop)
+        },
+        holds: |run| !run.ok && run.errors.starts_with("Error: \"stdout: "),
+    },
+    Promise {
+        name: "a worker whose output was lost has failed",
+        program: || {
+            let mut p = Pool::new(1)?;
+            let lose_output = |_| {
+                announce("exited with status 1");
+                print!("unfinished");
+                break_stdout();
+            };
+            p.apply_async(lose_output, 0)?;
+            p.close();
+            p.join()
+        },
+        holds: |run| run.failed_as_announced(),
+    },
+    Promise {
+        name: "a worker that cannot be waited for has failed",
+        program: || {
+            // SAFETY: no handler is set.
+            unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+            let mut p = Pool::new(1)?;
+            p.close();
+            p.join()
+        },
+        holds: |run| !run.ok && run.errors.contains(" cannot be waited for: ECHILD"),
+    },
+];
+
+impl Run {
+    /// Whether the program failed with the error that one of its processes had announced.
+    fn failed_as_announced(&self) -> bool {
+        let error = format!("Error: \"{}\"\n", self.output.trim_end());
+        !self.ok && self.errors.ends_with(&error)
+    }
+}
+
+/// Prints how this worker is going to fail, in the words in which `join` is to report it.
+fn announce(failure: &str) {
+    println!("worker {} {failure}", getpid());
+}
+
+/// One process of a program waits for another one by this pipe, which is made before the fork.
+static SIGN: LazyLock<(PipeReader, PipeWriter)> = LazyLock::new(|| io::pipe().unwrap());
+
+/// Replaces standard output by a pipe that nobody reads.
+fn break_stdout() {
+    let (_, write_end) = io::pipe().unwrap();
+    // SAFETY: std holds the number of this descriptor only, and does not keep what it refers to.
+    unsafe { libc::dup2(write_end.as_raw_fd(), libc::STDOUT_FILENO) };
+}
+
+/// Something that must not be dropped.
+struct PanicsWhenDropped;
+
+impl Drop for PanicsWhenDropped {
+    fn drop(&mut self) {
+        panic!("dropped");
+    }
+}
+
+/// Runs the promises whose names contain one of the words, all without a word. `cargo nextest run`
+/// asks for the names first, and then for one after the other by `--exact`.
+fn main() -> Result<(), Box<dyn Error>> {
+    let (mut words, mut flags) = (Vec::new(), Vec::new());
+    let mut args = env::args().skip(1);
+    while let Some(arg) = args.next() {
+        match arg.as_str() {
+            "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
+            "--format" | "--test-threads" => drop(args.next()), // their values are no names
+            flag if flag.starts_with('-') => flags.push(arg),
+            _ => words.push(arg),
+        }
+    }
+    let flagged = |flag: &str| flags.iter().any(|f| f == flag);
+
+    let chosen: Vec<&Promise> = if flagged("--ignored") {
+        Vec::new()
+    } else if flagged("--exact") {
+        words
+            .iter()
+            .map(|name| named(name))
+            .collect::<Result<_, _>>()?
+    } else {
+        let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
+        PROMISES.iter().filter(|p| wanted(p.name)).collect()
+    };
+    if flagged("--list") {
+        chosen.iter().for_each(|p| println!("{}: test", p.name));
+        return Ok(());
+    }
+
+    let mut broken = 0;
+    for promise in &chosen {
+        let run = run(promise.name);
+        match run {
+            Ok(run) if (promise.holds)(&run) => println!("test {} ... ok", promise.name),
+            run => {
+                println!("test {} ... FAILED: {run:#?}", promise.name);
+                broken += 1;
+            }
+        }
+    }
+    println!("{} passed, {broken} failed", chosen.len() - broken);
+    if broken > 0 {
+        return Err("not all promises hold".into());
+    }
+    Ok(())
+}
+
+fn named(name: &str) -> Result<&'static Promise, Box<dyn Error>> {
+    let promise = PROMISES.iter().find(|p| p.name == name);
+    promise.ok_or_else(|| format!("there is no promise named '{name}'").into())
+}
+
+/// Runs the program of a promise until all its processes have ended, for ten seconds at most.
+fn run(name: &str) -> Result<Run, Box<dyn Error>> {
+    let mut program = Command::new(env::current_exe()?)
+        .args(["--program", name])
+        .env("RUST_BACKTRACE", "0")
+        .process_group(0)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()?;
+    let pipes = (
+        program.stdout.take().unwrap(),
+        program.stderr.take().unwrap(),
+    );
+    let (sender, receiver) = mpsc::channel();
+    // All processes of the program hold the pipes, so the end of the pipes means that none is left.
+    thread::spawn(move || sender.send((io::read_to_string(pipes.0), io::read_to_string(pipes.1))));
+    let printed = receiver.recv_timeout(Duration::from_secs(10));
+    if printed.is_err() {
+        let group = Pid::from_raw(program.id().try_into()?);
+        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, as long as the id is its own
+    }
+    let ok = program.wait()?.success();
+    let (output, errors) = printed.map_err(|_| "not over after ten seconds")?;
+    Ok(Run {
+        ok,
+        output: output?,
+        errors: errors?,
+    })
+}
