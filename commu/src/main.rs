@@ -41,177 +41,199 @@ fn main() -> Result<(), Box<dyn Error>> {
     pr.start()?;
     // Wait for pw to end:
     pw.join()?;
-    q.join()?; // or pr may be terminated before it has got the last value, as it may in Python
+    q.join()?; // otherwise pr may be terminated before it has got the last value, as in Python
     // The process pr is in an endless loop, so it cannot be waited for, only be terminated:
     pr.terminate()?;
     Ok(())
 }
 
-/// What Python brings along.
-mod multiprocessing {
-    use std::cell::Cell;
+/// The part of Python's `multiprocessing` that this program needs.
+pub mod multiprocessing {
+    use std::cell::RefCell;
     use std::error::Error;
-    use std::io::{self, Read, Write};
-    use std::os::unix::net::UnixStream;
+    use std::io::{self, PipeReader, PipeWriter, Read, Write};
     use std::panic::{self, AssertUnwindSafe};
+    use std::process::{ExitCode, Termination};
 
     use nix::errno::Errno;
     use nix::libc::_exit;
-    use nix::sys::signal::{Signal, kill};
-    use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+    use nix::sys::signal::{SIGCONT, SIGTERM, kill};
+    use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// Carries texts in order from processes that put or join one at a time to a single reader.
+    /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
     ///
-    /// The first use in a process closes the end that it does not need. So start every process before
-    /// this one uses the queue, and use it in all of them: as long as one has not, the others may wait
-    /// for a reader or a writer that has died. Once a writer, or a process in `join`, was killed, the
-    /// queue is of no use any more.
+    /// A process that calls `get` is the reader, one that calls `put` or `join` a writer. Its first
+    /// call closes the ends of the other side, so start each process that uses the queue before the
+    /// parent uses it. A process that has made no call holds the ends of both sides: the others do
+    /// not notice then when the reader or the last writer has ended, and may wait for ever.
+    ///
+    /// The room is that of a pipe, 64 KiB on Linux; a text takes its length and 8 bytes. Where that
+    /// is at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may put texts
+    /// at once. Longer ones may be put by one process at a time; if it is killed meanwhile, the
+    /// queue is of no use any more. One process at a time may be in `join`, since the answers carry
+    /// no name, nor may one be killed in it: its answer would be taken for another's.
     pub struct Queue {
-        read_end: Cell<Option<UnixStream>>, // open both ways, so that `get` can answer `join`
-        write_end: Cell<Option<UnixStream>>,
+        reader: Ends, // reads texts, writes answers
+        writer: Ends, // reads answers, writes texts
     }
 
-    /// Sent by `join` in place of the length of a value, which is never that large.
+    /// The two pipe ends of one side, `None` in a process that is on the other side.
+    type Ends = RefCell<Option<(PipeReader, PipeWriter)>>;
+
+    /// What `join` writes in place of a text's length, which is never that large.
     const JOIN: [u8; size_of::<usize>()] = usize::MAX.to_ne_bytes();
 
-    const CLOSED: &str = "this process has closed that end of the queue";
+    const OTHER_SIDE: &str = "this process is on the other side of the queue";
     // A transfer fails for no other reason than these:
     const NO_READER: &str = "the reader of the queue has ended";
     const NO_WRITER: &str = "all writers of the queue have ended";
 
     impl Queue {
+        /// Makes an empty queue. Fails if a pipe cannot be made.
         pub fn new() -> Result<Self, Box<dyn Error>> {
-            let pair = UnixStream::pair().map_err(|error| format!("socketpair: {error}"))?;
+            let texts = io::pipe().map_err(|e| format!("pipe: {e}"))?;
+            let answers = io::pipe().map_err(|e| format!("pipe: {e}"))?;
             Ok(Queue {
-                read_end: Cell::new(Some(pair.0)),
-                write_end: Cell::new(Some(pair.1)),
+                reader: RefCell::new(Some((texts.0, answers.1))),
+                writer: RefCell::new(Some((answers.0, texts.1))),
             })
         }
 
-        /// Waits while there is no room. Fails if the reader has ended.
+        /// Puts a text into the queue. Waits while there is no room; fails if the reader has ended.
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
-            self.read_end.take(); // unused here; it would hide that the reader has died
-            let mut end = self.write_end.take().ok_or(CLOSED)?;
+            self.reader.take(); // as long as a process holds the read end, no write fails
+            let mut writer = self.writer.borrow_mut();
+            let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
             let message = [&value.len().to_ne_bytes(), value.as_bytes()].concat();
-            end.write_all(&message).map_err(|_| NO_READER)?;
-            self.write_end.set(Some(end));
-            Ok(())
+            texts.write_all(&message).map_err(|_| NO_READER.into())
         }
 
-        /// Fails if all writers have ended.
+        /// Takes the next text out of the queue. Waits while there is none; fails if all writers
+        /// have ended. A process that has the queue and has not called `get` counts as a writer, so
+        /// to end a loop of `get`s, put a text that means the end, as in Python.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
-            self.write_end.take(); // unused here; it would hold off the end-of-file
-            let mut end = self.read_end.take().ok_or(CLOSED)?;
+            self.writer.take(); // as long as a process holds the write end, no end-of-file comes
+            let mut reader = self.reader.borrow_mut();
+            let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
             let mut length = JOIN;
-            end.read_exact(&mut length).map_err(|_| NO_WRITER)?;
-            while length == JOIN {
-                io::stdout().flush()?; // SIGTERM does not, and comes next
-                end.write_all(&[0]).map_err(|_| NO_WRITER)?;
-                end.read_exact(&mut length).map_err(|_| NO_WRITER)?;
+            loop {
+                texts.read_exact(&mut length).map_err(|_| NO_WRITER)?;
+                if length != JOIN {
+                    break;
+                }
+                // `terminate` usually comes next, and SIGTERM discards what is still buffered.
+                io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
+                // This fails if the process in `join` was killed; the texts are there all the same.
+                let _ = answers.write_all(&[0]);
             }
             let mut value = vec![0; usize::from_ne_bytes(length)];
-            end.read_exact(&mut value).map_err(|_| NO_WRITER)?;
-            self.read_end.set(Some(end));
-            String::from_utf8(value).map_err(|error| error.utf8_error().into())
+            texts.read_exact(&mut value).map_err(|_| NO_WRITER)?;
+            Ok(String::from_utf8(value).map_err(|e| e.to_string())?)
         }
 
-        /// Waits until the reader has dealt with all values, and calls `get` once more. Fails if it
-        /// has ended.
+        /// Waits until the reader has asked for another text after the last one that was put, that
+        /// is, has finished with all. Fails if the reader has ended.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
-            self.read_end.take(); // unused here; it would hide that the reader has died
-            let mut end = self.write_end.take().ok_or(CLOSED)?;
-            end.write_all(&JOIN).map_err(|_| NO_READER)?;
-            end.read_exact(&mut [0]).map_err(|_| NO_READER)?;
-            self.write_end.set(Some(end));
-            Ok(())
+            self.reader.take(); // as in `put`
+            let mut writer = self.writer.borrow_mut();
+            let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
+            texts.write_all(&JOIN).map_err(|_| NO_READER)?;
+            answers.read_exact(&mut [0]).map_err(|_| NO_READER.into())
         }
     }
 
-    /// Terminates its child when it is dropped, as Python does with a daemonic one when it exits.
-    pub struct Process<A> {
-        target: fn(A) -> Result<(), Box<dyn Error>>,
-        args: Option<A>,  // until its start
-        pid: Option<Pid>, // from then on until it is reaped
+    /// A child process that runs a function.
+    ///
+    /// A process that is dropped without `join` is not waited for, as with std's `Child`.
+    pub struct Process<A, R> {
+        target: fn(A) -> R,
+        args: Option<A>,  // `None` once started
+        pid: Option<Pid>, // `Some` from the start until it has been waited for
+        terminated: bool, // `true` once `terminate` has sent SIGTERM
     }
 
-    impl<A> Process<A> {
-        pub fn new(target: fn(A) -> Result<(), Box<dyn Error>>, args: A) -> Self {
+    impl<A, R: Termination> Process<A, R> {
+        /// Makes a process that `start` lets run `target` with the argument `args`.
+        pub fn new(target: fn(A) -> R, args: A) -> Self {
             Process {
                 target,
                 args: Some(args),
                 pid: None,
+                terminated: false,
             }
         }
 
-        /// The caller must see to it that this process has a single thread: a lock that another one
-        /// holds would never be released in the child.
+        /// Starts the child, which runs the target and ends. An error or a panic of the target is
+        /// printed to stderr, and shows as exit status 1. `start` fails if stdout cannot be flushed
+        /// or the system has no room for another process. It panics the second time.
+        ///
+        /// Call this only while the calling process has one thread: fork copies that thread alone,
+        /// so a lock that another thread holds stays locked in the child for ever.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
-            io::stdout().flush()?; // the child would print what is left, too
-            // SAFETY: the caller sees to it that this process has a single thread, so its child may
-            // do whatever it may do itself.
-            match unsafe { fork() }.map_err(|error| format!("fork: {error}"))? {
+            // Otherwise the child prints what is still buffered as well.
+            io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
+            // SAFETY: the caller sees to it that this process has one thread, so the child is not
+            // limited to async-signal-safe functions.
+            match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
-                    let ended = panic::catch_unwind(AssertUnwindSafe(|| {
-                        rand::rng().reseed()?; // or it may draw the same numbers as its parent
-                        self.args.take().map_or(Ok(()), self.target)
-                    }));
-                    let flushed = io::stdout().flush().map_err(Into::into);
-                    let ended = ended.map(|result| result.and(flushed));
-                    if let Ok(Err(error)) = &ended {
-                        let _ = writeln!(io::stderr(), "Error: {error}"); // or status 1 tells
-                    }
-                    // SAFETY: `_exit` has no precondition. It runs nothing that is the parent's.
-                    unsafe { _exit(i32::from(!matches!(ended, Ok(Ok(()))))) }
+                    let run = || {
+                        // Otherwise the child may draw the same numbers as its parent.
+                        rand::rng().reseed().expect("new random numbers");
+                        self.args.take().map(self.target).map(R::report)
+                    };
+                    // Never dropped, since the drop of a panic's payload may panic again.
+                    let ended = panic::catch_unwind(AssertUnwindSafe(run));
+                    let ok = matches!(ended, Ok(code) if code == Some(ExitCode::SUCCESS));
+                    let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
+                    // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the exit
+                    // handlers that are the parent's.
+                    unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                 }
-                ForkResult::Parent { child } => (self.pid, self.args) = (Some(child), None),
+                ForkResult::Parent { child } => {
+                    self.pid = Some(child);
+                    self.args = None;
+                }
             }
             Ok(())
         }
 
-        /// Fails if the child failed, panicked, was killed or exited with a status other than 0.
+        /// Waits for the child to end, unless it has been waited for already. Fails if the exit
+        /// status is not 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
-            self.wait(None)
-        }
-
-        /// Ends the child by SIGTERM, and waits until it has ended. Fails, as `join` does, if the
-        /// child had failed before.
-        pub fn terminate(&mut self) -> Result<(), Box<dyn Error>> {
-            self.wait(Some(Signal::SIGTERM))
-        }
-
-        /// Sends the `signal` first if the child is still alive; it may then be killed by that.
-        fn wait(&mut self, mut signal: Option<Signal>) -> Result<(), Box<dyn Error>> {
-            let mut sent = None;
-            while let Some(pid) = self.pid {
-                let end = match waitpid(pid, signal.map(|_| WaitPidFlag::WNOHANG)) {
-                    Ok(WaitStatus::StillAlive) => {
-                        kill(pid, signal)?; // not reaped yet, so the pid is still its own
-                        kill(pid, Signal::SIGCONT)?; // or a stopped child stays so
-                        sent = signal.take();
-                        continue;
-                    }
-                    Ok(WaitStatus::Exited(_, 0)) => Ok(()),
-                    Ok(WaitStatus::Exited(_, code)) => Err(format!("exited with status {code}")),
-                    Ok(WaitStatus::Signaled(_, by, _)) if Some(by) == sent => Ok(()),
-                    Ok(WaitStatus::Signaled(_, by, _)) => Err(format!("was killed by {by}")),
-                    Ok(_) | Err(Errno::EINTR) => continue, // it has not ended yet
-                    Err(error) => Err(format!("cannot be waited for: {error}")),
+            let Some(pid) = self.pid.take() else {
+                return Ok(());
+            };
+            loop {
+                let failure = match waitpid(pid, None) {
+                    Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+                    Ok(WaitStatus::Signaled(_, SIGTERM, _)) if self.terminated => return Ok(()),
+                    Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
+                    Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
+                    Ok(_) | Err(Errno::EINTR) => continue, // the child has not ended yet
+                    Err(e) => format!("cannot be waited for: {e}"),
                 };
-                self.pid = None;
-                end.map_err(|end| format!("process {pid} {end}"))?;
+                return Err(format!("process {pid} {failure}").into());
             }
-            Ok(())
         }
-    }
 
-    impl<A> Drop for Process<A> {
-        fn drop(&mut self) {
-            if let Err(error) = self.terminate() {
-                let _ = writeln!(io::stderr(), "Error: {error}"); // there is nobody else to tell
+        /// Ends the child by SIGTERM, and waits for it, even if it ignores SIGTERM. Fails if the
+        /// child ended in another way than by SIGTERM or with exit status 0. Does nothing if the
+        /// process was never started, or has been waited for already.
+        pub fn terminate(&mut self) -> Result<(), Box<dyn Error>> {
+            let Some(pid) = self.pid else {
+                return Ok(());
+            };
+            // No other process has this id before the child is waited for. A child that is stopped
+            // receives SIGTERM when SIGCONT continues it.
+            for signal in [SIGTERM, SIGCONT] {
+                kill(pid, signal)
+                    .map_err(|e| format!("process {pid} cannot be terminated: {e}"))?;
             }
+            self.terminated = true;
+            self.join()
         }
     }
 }
