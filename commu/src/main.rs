@@ -41,13 +41,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     pr.start()?;
     // Wait for pw to end:
     pw.join()?;
-    q.join()?; // otherwise pr may be terminated before it has got the last value, as in Python
+    q.join()?; // without it, pr may be terminated before it has got all values, as in Python
     // The process pr is in an endless loop, so it cannot be waited for, only be terminated:
     pr.terminate()?;
     Ok(())
 }
 
-/// The part of Python's `multiprocessing` that this program needs.
+/// The part of Python's `multiprocessing` that this program needs, and that its tests use.
 pub mod multiprocessing {
     use std::cell::RefCell;
     use std::error::Error;
@@ -61,31 +61,34 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
+    /// A queue of texts with one reader: a pipe for the texts, and one by which the reader answers
+    /// a writer in `join`.
     ///
     /// A process that calls `get` is the reader, one that calls `put` or `join` a writer. Its first
-    /// call closes the ends of the other side, so start each process that uses the queue before the
-    /// parent uses it. A process that has made no call holds the ends of both sides: the others do
-    /// not notice then when the reader or the last writer has ended, and may wait for ever.
+    /// call closes the pipe ends of the other side, so start all processes that use the queue
+    /// before this one uses it. As long as a process holds the ends of both sides, having made no
+    /// call, the others do not notice when the reader or the last writer has ended, and may wait
+    /// for ever.
     ///
-    /// The room is that of a pipe, 64 KiB on Linux; a text takes its length and 8 bytes. Where that
-    /// is at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may put texts
-    /// at once. Longer ones may be put by one process at a time; if it is killed meanwhile, the
-    /// queue is of no use any more. One process at a time may be in `join`, since the answers carry
-    /// no name, nor may one be killed in it: its answer would be taken for another's.
+    /// The pipe has room for 64 KiB on Linux; a text takes its length and 8 bytes. If this sum is
+    /// at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may call `put` at
+    /// once. While a longer text is put, no other process may call `put` or `join`; if the process
+    /// that puts it is killed, the queue must not be used any more. Only one process at a time may
+    /// be in `join`, since the answers carry no name, nor may it be killed there: its answer would
+    /// be taken for another's.
     pub struct Queue {
         reader: Ends, // reads texts, writes answers
         writer: Ends, // reads answers, writes texts
     }
 
-    /// The two pipe ends of one side, `None` in a process that is on the other side.
+    /// The two pipe ends of one side; `None` in a process that is on the other side.
     type Ends = RefCell<Option<(PipeReader, PipeWriter)>>;
 
     /// What `join` writes in place of a text's length, which is never that large.
     const JOIN: [u8; size_of::<usize>()] = usize::MAX.to_ne_bytes();
 
     const OTHER_SIDE: &str = "this process is on the other side of the queue";
-    // A transfer fails for no other reason than these:
+    // Reading and writing fail for these reasons only:
     const NO_READER: &str = "the reader of the queue has ended";
     const NO_WRITER: &str = "all writers of the queue have ended";
 
@@ -102,9 +105,9 @@ pub mod multiprocessing {
 
         /// Puts a text into the queue. Waits while there is no room; fails if the reader has ended.
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
-            self.reader.take(); // as long as a process holds the read end, no write fails
             let mut writer = self.writer.borrow_mut();
             let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
+            self.reader.take(); // as long as a writer held the read end, no write would fail
             let message = [&value.len().to_ne_bytes(), value.as_bytes()].concat();
             texts.write_all(&message).map_err(|_| NO_READER.into())
         }
@@ -113,10 +116,10 @@ pub mod multiprocessing {
         /// have ended. A process that has the queue and has not called `get` counts as a writer, so
         /// to end a loop of `get`s, put a text that means the end, as in Python.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
-            self.writer.take(); // as long as a process holds the write end, no end-of-file comes
             let mut reader = self.reader.borrow_mut();
             let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
-            let mut length = JOIN;
+            self.writer.take(); // as long as a reader held the write end, no end-of-file would come
+            let mut length = [0; size_of::<usize>()];
             loop {
                 texts.read_exact(&mut length).map_err(|_| NO_WRITER)?;
                 if length != JOIN {
@@ -124,20 +127,21 @@ pub mod multiprocessing {
                 }
                 // `terminate` usually comes next, and SIGTERM discards what is still buffered.
                 io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-                // This fails if the process in `join` was killed; the texts are there all the same.
+                // This fails if the process in `join` was killed. Other texts may be there still.
                 let _ = answers.write_all(&[0]);
             }
             let mut value = vec![0; usize::from_ne_bytes(length)];
             texts.read_exact(&mut value).map_err(|_| NO_WRITER)?;
-            Ok(String::from_utf8(value).map_err(|e| e.to_string())?)
+            Ok(String::from_utf8(value).map_err(|e| e.to_string())?) // a text that was mixed
         }
 
         /// Waits until the reader has asked for another text after the last one that was put, that
-        /// is, has finished with all. Fails if the reader has ended.
+        /// is, has finished with all texts, like the `join` of Python's `JoinableQueue`. Fails if
+        /// the reader has ended.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
-            self.reader.take(); // as in `put`
             let mut writer = self.writer.borrow_mut();
             let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
+            self.reader.take(); // as long as a writer held these ends, neither call would fail
             texts.write_all(&JOIN).map_err(|_| NO_READER)?;
             answers.read_exact(&mut [0]).map_err(|_| NO_READER.into())
         }
@@ -154,7 +158,7 @@ pub mod multiprocessing {
     }
 
     impl<A, R: Termination> Process<A, R> {
-        /// Makes a process that `start` lets run `target` with the argument `args`.
+        /// Makes a process that will call `target(args)` once it is started.
         pub fn new(target: fn(A) -> R, args: A) -> Self {
             Process {
                 target,
@@ -164,12 +168,13 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which runs the target and ends. An error or a panic of the target is
+        /// Starts the child, which calls the target and ends. An error or a panic of the target is
         /// printed to stderr, and shows as exit status 1. `start` fails if stdout cannot be flushed
-        /// or the system has no room for another process. It panics the second time.
+        /// or no process can be made, and panics if the process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the child for ever.
+        /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
+        /// `unsafe fn`; it is not one so that `p.start()?` reads like Python.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise the child prints what is still buffered as well.
@@ -180,12 +185,14 @@ pub mod multiprocessing {
                 ForkResult::Child => {
                     let run = || {
                         // Otherwise the child may draw the same numbers as its parent.
-                        rand::rng().reseed().expect("new random numbers");
-                        self.args.take().map(self.target).map(R::report)
+                        rand::rng().reseed().expect("cannot reseed");
+                        let status = self.args.take().map(self.target).map(R::report);
+                        status == Some(ExitCode::SUCCESS)
                     };
-                    // Never dropped, since the drop of a panic's payload may panic again.
+                    // Before `_exit`, nothing uses what a panic may have left half done, and
+                    // nothing drops the payload of a panic, which may panic again.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-                    let ok = matches!(ended, Ok(code) if code == Some(ExitCode::SUCCESS));
+                    let ok = matches!(ended, Ok(true));
                     let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
                     // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the exit
                     // handlers that are the parent's.
@@ -199,8 +206,8 @@ pub mod multiprocessing {
             Ok(())
         }
 
-        /// Waits for the child to end, unless it has been waited for already. Fails if the exit
-        /// status is not 0. Panics if the process was never started.
+        /// Waits for the child to end, unless it has been waited for already. Fails unless the
+        /// child's exit status is 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
             let Some(pid) = self.pid.take() else {
@@ -219,15 +226,15 @@ pub mod multiprocessing {
             }
         }
 
-        /// Ends the child by SIGTERM, and waits for it, even if it ignores SIGTERM. Fails if the
-        /// child ended in another way than by SIGTERM or with exit status 0. Does nothing if the
-        /// process was never started, or has been waited for already.
+        /// Sends SIGTERM to the child, and waits for it to end; a child that ignores SIGTERM is
+        /// waited for until it ends by itself. Fails unless SIGTERM ended the child or its exit
+        /// status is 0. Does nothing if the process was never started or has been waited for.
         pub fn terminate(&mut self) -> Result<(), Box<dyn Error>> {
             let Some(pid) = self.pid else {
                 return Ok(());
             };
-            // No other process has this id before the child is waited for. A child that is stopped
-            // receives SIGTERM when SIGCONT continues it.
+            // Until the child is waited for, no other process can have its id. A child that is
+            // stopped receives SIGTERM when SIGCONT continues it.
             for signal in [SIGTERM, SIGCONT] {
                 kill(pid, signal)
                     .map_err(|e| format!("process {pid} cannot be terminated: {e}"))?;

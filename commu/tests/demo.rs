@@ -1,11 +1,11 @@
-//! What the tutorial shows in 五、进程间通信: whoever changes `main` changes this file, too.
+//! What the tutorial shows in 五、进程间通信. A change of `main` needs a change here.
 
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Twenty-four numbers from [0, 1) add up to less than 2.3 once in 10^15 times.
+/// The twenty-four sleeps of eight runs add up to less than 2.3 seconds once in 10^15 times.
 #[test]
 fn values_go_in_order_from_one_process_to_another_with_sleeps() {
     let runs = [(); 8].map(|()| {

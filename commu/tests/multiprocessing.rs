@@ -1,7 +1,11 @@
-//! What `mod multiprocessing` promises: a table of small programs, and what must come of each.
+//! What `mod multiprocessing` promises: a table of small programs, and what each must print.
 //!
-//! A program runs in a process of its own, which has a single thread, as the module asks. To add a
-//! promise, copy one. `cargo test -- 'a child'` runs those whose names contain these words.
+//! A program runs in a process of its own, which has a single thread, as the module requires. So
+//! there is no `#[test]` here, but a `main` that runs the table (`harness = false` in Cargo.toml).
+//!
+//! To add a promise, copy one: `announce` prints the error that `join` is to report, and
+//! `failed_as_announced` compares the two. `cargo test -- 'a child'` runs those whose names contain
+//! these words.
 
 use std::error::Error;
 use std::fs::File;
@@ -21,6 +25,7 @@ use nix::unistd::{Pid, getpid, getppid};
 
 use demo::multiprocessing::{Process, Queue};
 
+// The module is in a program, which a test can only include; its `main` is not used.
 #[path = "../src/main.rs"]
 #[allow(dead_code)]
 mod demo;
@@ -31,7 +36,7 @@ struct Promise {
     holds: fn(&Run) -> bool,
 }
 
-/// What came of a program.
+/// How a program has ended.
 #[derive(Debug)]
 struct Run {
     ok: bool, // whether its exit status was 0
@@ -61,18 +66,18 @@ const PROMISES: &[Promise] = &[
         program: || {
             let fail = |()| {
                 announce("exited with status 1");
-                Err::<(), _>("no bread")
+                Err::<(), _>("on purpose")
             };
             let mut p = Process::new(fail, ());
             p.start()?;
             p.join()
         },
-        holds: |run| run.failed_as_announced() && run.errors.starts_with("Error: \"no bread\"\n"),
+        holds: |run| run.failed_as_announced() && run.errors.starts_with("Error: \"on purpose\"\n"),
     },
     Promise {
         name: "a panic is shown, ends the child alone, and is reported by `join`",
         program: || {
-            let _of_the_parent = PrintsWhenDropped;
+            let _dropped_by_the_parent_alone = PrintsWhenDropped;
             let panic = |()| {
                 announce("exited with status 1");
                 panic::panic_any(PanicsWhenDropped);
@@ -115,6 +120,7 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "a child that cannot be waited for is reported by `join`",
         program: || {
+            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
             // SAFETY: no handler is set.
             unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
             let mut p = Process::new(|()| (), ());
@@ -129,7 +135,7 @@ const PROMISES: &[Promise] = &[
             print!("parent, ");
             let panic = |()| {
                 print!("child, ");
-                panic!("no bread");
+                panic!("on purpose");
             };
             let mut p = Process::new(panic, ());
             p.start()?;
@@ -229,7 +235,7 @@ const PROMISES: &[Promise] = &[
         program: || {
             let mut p = Process::new(|()| signal::raise(Signal::SIGSTOP), ());
             p.start()?;
-            waitpid(None, Some(WaitPidFlag::WUNTRACED))?;
+            waitpid(None, Some(WaitPidFlag::WUNTRACED))?; // until the child is stopped
             p.terminate()?;
             p.join()
         },
@@ -241,7 +247,7 @@ const PROMISES: &[Promise] = &[
             let fail = |write_end: PipeWriter| {
                 mem::forget(write_end); // so it is open until the child has ended
                 announce("exited with status 1");
-                Err::<(), _>("no bread")
+                Err::<(), _>("on purpose")
             };
             let (mut read_end, write_end) = io::pipe()?;
             let mut p = Process::new(fail, write_end);
@@ -267,6 +273,7 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "a child that cannot be terminated is reported",
         program: || {
+            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
             // SAFETY: no handler is set.
             unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
             let mut p = Process::new(|()| (), ());
@@ -424,9 +431,11 @@ const PROMISES: &[Promise] = &[
         holds: |run| !run.ok && run.errors == "Error: \"all writers of the queue have ended\"\n",
     },
     Promise {
-        name: "`get` fails when texts were mixed",
+        name: "a text that is not UTF-8, as it was mixed, is an error",
         program: || {
-            let put = |q: &Queue| q.put(&"x".repeat(300_000)); // its length is no UTF-8
+            // The second writer's length, whose bytes are not UTF-8, is read as a part of the text
+            // that the first writer has not finished.
+            let put = |q: &Queue| q.put(&"x".repeat(300_000));
             loop {
                 let q = Queue::new()?;
                 let mut first = Process::new(put, &q);
@@ -434,7 +443,7 @@ const PROMISES: &[Promise] = &[
                 thread::sleep(Duration::from_millis(50)); // by now it waits for room
                 first.terminate()?;
                 Process::new(put, &q).start()?;
-                q.get()?; // or it was too early, so try again
+                q.get()?; // it is no error if the first writer had not begun
             }
         },
         holds: |run| !run.ok && run.errors.contains("Error: \"invalid utf-8 sequence"),
@@ -462,21 +471,22 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "a process is on one side of a queue",
         program: || {
-            let (written, read) = (Queue::new()?, Queue::new()?);
-            println!("{}", written.put("A").unwrap_err());
-            println!("{}", written.get().unwrap_err());
-            println!("{}", read.get().unwrap_err());
-            println!("{}", read.put("A").unwrap_err());
-            println!("{}", read.join().unwrap_err());
-            Ok(())
+            let q = Queue::new()?;
+            let write = |q: &Queue| -> Result<(), Box<dyn Error>> {
+                q.put("A")?;
+                println!("{}", q.get().unwrap_err());
+                q.put("B")
+            };
+            let mut pw = Process::new(write, &q);
+            pw.start()?;
+            q.get()?;
+            pw.join()?;
+            println!("{}", q.put("C").unwrap_err());
+            println!("{}", q.join().unwrap_err());
+            q.get().map(drop)
         },
         holds: |run| {
-            let words = "the reader of the queue has ended\n\
-                this process is on the other side of the queue\n\
-                all writers of the queue have ended\n\
-                this process is on the other side of the queue\n\
-                this process is on the other side of the queue\n";
-            run.ok && run.output == words
+            run.ok && run.output == "this process is on the other side of the queue\n".repeat(3)
         },
     },
     Promise {
@@ -523,6 +533,7 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "an error says that there is no room for a pipe",
         program: || {
+            // Each pipe takes two descriptors, the first of which is the lowest that is free.
             let free = File::open("/dev/null")?.as_raw_fd();
             for room in [2, 0] {
                 let limit = (free + room).try_into()?;
@@ -589,7 +600,7 @@ fn signal_parent((): ()) {
 /// Replaces standard output by a pipe that nobody reads.
 fn break_stdout() {
     let (_, write_end) = io::pipe().unwrap();
-    // SAFETY: std holds the number of this descriptor only, and does not keep what it refers to.
+    // SAFETY: std uses standard output by its number alone.
     unsafe { libc::dup2(write_end.as_raw_fd(), libc::STDOUT_FILENO) };
 }
 
@@ -610,46 +621,50 @@ impl Drop for PrintsWhenDropped {
     }
 }
 
-/// Runs the promises whose names contain one of the words, all without a word. `cargo nextest run`
-/// asks for the names first, and then for one after the other by `--exact`.
+/// Runs the promises whose names contain one of the arguments, or all if there are none.
+///
+/// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
 fn main() -> Result<(), Box<dyn Error>> {
-    let (mut words, mut flags) = (Vec::new(), Vec::new());
+    let (mut flags, mut words, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
-            "--format" | "--test-threads" => drop(args.next()), // their values are no names
+            "--skip" => skipped.extend(args.next()),
+            "--format" | "--test-threads" => drop(args.next()), // the value is no name
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }
     }
     let flagged = |flag: &str| flags.iter().any(|f| f == flag);
-
-    let chosen: Vec<&Promise> = if flagged("--ignored") {
-        Vec::new()
-    } else if flagged("--exact") {
-        words
+    let mut chosen: Vec<&Promise> = PROMISES.iter().collect();
+    if flagged("--exact") {
+        chosen = words
             .iter()
             .map(|name| named(name))
-            .collect::<Result<_, _>>()?
-    } else {
-        let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
-        PROMISES.iter().filter(|p| wanted(p.name)).collect()
-    };
+            .collect::<Result<_, _>>()?;
+    } else if !words.is_empty() {
+        chosen.retain(|promise| words.iter().any(|word| promise.name.contains(word)));
+    }
+    chosen.retain(|promise| !skipped.iter().any(|word| promise.name.contains(word)));
+
+    if flagged("--ignored") {
+        chosen.clear(); // none is
+    }
     if flagged("--list") {
-        chosen.iter().for_each(|p| println!("{}: test", p.name));
+        for promise in &chosen {
+            println!("{}: test", promise.name);
+        }
         return Ok(());
     }
-
     let mut broken = 0;
     for promise in &chosen {
-        let run = run(promise.name);
-        match run {
-            Ok(run) if (promise.holds)(&run) => println!("test {} ... ok", promise.name),
-            run => {
-                println!("test {} ... FAILED: {run:#?}", promise.name);
-                broken += 1;
-            }
+        let ended = run(promise.name);
+        if ended.as_ref().is_ok_and(promise.holds) {
+            println!("test {} ... ok", promise.name);
+        } else {
+            println!("test {} ... FAILED: {ended:#?}", promise.name);
+            broken += 1;
         }
     }
     println!("{} passed, {broken} failed", chosen.len() - broken);
@@ -683,7 +698,7 @@ fn run(name: &str) -> Result<Run, Box<dyn Error>> {
     let printed = receiver.recv_timeout(Duration::from_secs(10));
     if printed.is_err() {
         let group = Pid::from_raw(program.id().try_into()?);
-        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, as long as the id is its own
+        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, which frees the id
     }
     let ok = program.wait()?.success();
     let (output, errors) = printed.map_err(|_| "not over after ten seconds")?;

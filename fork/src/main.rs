@@ -12,8 +12,9 @@ use nix::unistd::{ForkResult, fork, getpid, getppid};
 fn main() -> Result<(), Box<dyn Error>> {
     println!("Process ({}) start...", getpid());
     io::stdout().flush()?; // otherwise the child prints what is still buffered as well
+    // SAFETY: this process has one thread, so the child is not limited to async-signal-safe
+    // functions.
     // Only works on Unix/Linux/Mac:
-    // SAFETY: with one thread here, the child is not limited to async-signal-safe functions.
     match unsafe { fork() }? {
         ForkResult::Child => println!(
             "I am child process ({}) and my parent is {}.",
@@ -22,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ),
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            waitpid(child, None)?; // otherwise the parent may end before the child asks for its id
+            waitpid(child, None)?; // otherwise the child may have another parent by then
         }
     }
     Ok(())

@@ -1,8 +1,8 @@
-//! What the tutorial shows in 一、fork 系统调用: whoever changes `main` changes this file, too.
+//! What the tutorial shows in 一、fork 系统调用. A change of `main` needs a change here.
 
 use std::process::Command;
 
-/// 200 runs, as a parent that does not wait is wrong in some runs only.
+/// 200 runs, since without the parent's wait, only some runs print a wrong parent.
 #[test]
 fn parent_and_child_know_each_other() {
     for _ in 0..200 {

@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The part of Python's `multiprocessing` that this program needs.
+/// The part of Python's `multiprocessing` that this program needs, and that its tests use.
 pub mod multiprocessing {
     use std::error::Error;
     use std::io::{self, Write};
@@ -45,7 +45,7 @@ pub mod multiprocessing {
     }
 
     impl<A, R: Termination> Process<A, R> {
-        /// Makes a process that `start` lets run `target` with the argument `args`.
+        /// Makes a process that will call `target(args)` once it is started.
         pub fn new(target: fn(A) -> R, args: A) -> Self {
             Process {
                 target,
@@ -54,14 +54,15 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which runs the target and ends. An error or a panic of the target is
+        /// Starts the child, which calls the target and ends. An error or a panic of the target is
         /// printed to stderr, and shows as exit status 1. `start` fails if stdout cannot be flushed
-        /// or the system has no room for another process. It panics the second time.
+        /// or no process can be made, and panics if the process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the child for ever. A target that
-        /// uses `rand` must first call `rand::rng().reseed()`; otherwise it may draw the same
-        /// numbers as its parent.
+        /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
+        /// `unsafe fn`; it is not one so that `p.start()?` reads like Python.) If the target uses
+        /// the crate rand, it must first call `rand::rng().reseed()`; otherwise it may draw the
+        /// same numbers as its parent.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise the child prints what is still buffered as well.
@@ -70,10 +71,14 @@ pub mod multiprocessing {
             // limited to async-signal-safe functions.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
-                    let run = || self.args.take().map(self.target).map(R::report);
-                    // Never dropped, since the drop of a panic's payload may panic again.
+                    let run = || {
+                        let status = self.args.take().map(self.target).map(R::report);
+                        status == Some(ExitCode::SUCCESS)
+                    };
+                    // Before `_exit`, nothing uses what a panic may have left half done, and
+                    // nothing drops the payload of a panic, which may panic again.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-                    let ok = matches!(ended, Ok(code) if code == Some(ExitCode::SUCCESS));
+                    let ok = matches!(ended, Ok(true));
                     let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
                     // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the exit
                     // handlers that are the parent's.
@@ -87,8 +92,8 @@ pub mod multiprocessing {
             Ok(())
         }
 
-        /// Waits for the child to end, unless it has been waited for already. Fails if the exit
-        /// status is not 0. Panics if the process was never started.
+        /// Waits for the child to end, unless it has been waited for already. Fails unless the
+        /// child's exit status is 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
             let Some(pid) = self.pid.take() else {

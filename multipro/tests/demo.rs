@@ -1,4 +1,4 @@
-//! What the tutorial shows in 二、multiprocessing: whoever changes `main` changes this file, too.
+//! What the tutorial shows in 二、multiprocessing. A change of `main` needs a change here.
 
 use std::process::Command;
 

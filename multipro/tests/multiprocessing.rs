@@ -1,7 +1,11 @@
-//! What `mod multiprocessing` promises: a table of small programs, and what must come of each.
+//! What `mod multiprocessing` promises: a table of small programs, and what each must print.
 //!
-//! A program runs in a process of its own, which has a single thread, as the module asks. To add a
-//! promise, copy one. `cargo test -- 'a child'` runs those whose names contain these words.
+//! A program runs in a process of its own, which has a single thread, as the module requires. So
+//! there is no `#[test]` here, but a `main` that runs the table (`harness = false` in Cargo.toml).
+//!
+//! To add a promise, copy one: `announce` prints the error that `join` is to report, and
+//! `failed_as_announced` compares the two. `cargo test -- 'a child'` runs those whose names contain
+//! these words.
 
 use std::error::Error;
 use std::io;
@@ -19,6 +23,7 @@ use nix::unistd::{Pid, getpid, getppid};
 
 use demo::multiprocessing::Process;
 
+// The module is in a program, which a test can only include; its `main` is not used.
 #[path = "../src/main.rs"]
 #[allow(dead_code)]
 mod demo;
@@ -29,7 +34,7 @@ struct Promise {
     holds: fn(&Run) -> bool,
 }
 
-/// What came of a program.
+/// How a program has ended.
 #[derive(Debug)]
 struct Run {
     ok: bool, // whether its exit status was 0
@@ -59,18 +64,18 @@ const PROMISES: &[Promise] = &[
         program: || {
             let fail = |()| {
                 announce("exited with status 1");
-                Err::<(), _>("no bread")
+                Err::<(), _>("on purpose")
             };
             let mut p = Process::new(fail, ());
             p.start()?;
             p.join()
         },
-        holds: |run| run.failed_as_announced() && run.errors.starts_with("Error: \"no bread\"\n"),
+        holds: |run| run.failed_as_announced() && run.errors.starts_with("Error: \"on purpose\"\n"),
     },
     Promise {
         name: "a panic is shown, ends the child alone, and is reported by `join`",
         program: || {
-            let _of_the_parent = PrintsWhenDropped;
+            let _dropped_by_the_parent_alone = PrintsWhenDropped;
             let panic = |()| {
                 announce("exited with status 1");
                 panic::panic_any(PanicsWhenDropped);
@@ -113,6 +118,7 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "a child that cannot be waited for is reported by `join`",
         program: || {
+            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
             // SAFETY: no handler is set.
             unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
             let mut p = Process::new(|()| (), ());
@@ -127,7 +133,7 @@ const PROMISES: &[Promise] = &[
             print!("parent, ");
             let panic = |()| {
                 print!("child, ");
-                panic!("no bread");
+                panic!("on purpose");
             };
             let mut p = Process::new(panic, ());
             p.start()?;
@@ -236,7 +242,7 @@ fn signal_parent((): ()) {
 /// Replaces standard output by a pipe that nobody reads.
 fn break_stdout() {
     let (_, write_end) = io::pipe().unwrap();
-    // SAFETY: std holds the number of this descriptor only, and does not keep what it refers to.
+    // SAFETY: std uses standard output by its number alone.
     unsafe { libc::dup2(write_end.as_raw_fd(), libc::STDOUT_FILENO) };
 }
 
@@ -257,46 +263,50 @@ impl Drop for PrintsWhenDropped {
     }
 }
 
-/// Runs the promises whose names contain one of the words, all without a word. `cargo nextest run`
-/// asks for the names first, and then for one after the other by `--exact`.
+/// Runs the promises whose names contain one of the arguments, or all if there are none.
+///
+/// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
 fn main() -> Result<(), Box<dyn Error>> {
-    let (mut words, mut flags) = (Vec::new(), Vec::new());
+    let (mut flags, mut words, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
-            "--format" | "--test-threads" => drop(args.next()), // their values are no names
+            "--skip" => skipped.extend(args.next()),
+            "--format" | "--test-threads" => drop(args.next()), // the value is no name
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }
     }
     let flagged = |flag: &str| flags.iter().any(|f| f == flag);
-
-    let chosen: Vec<&Promise> = if flagged("--ignored") {
-        Vec::new()
-    } else if flagged("--exact") {
-        words
+    let mut chosen: Vec<&Promise> = PROMISES.iter().collect();
+    if flagged("--exact") {
+        chosen = words
             .iter()
             .map(|name| named(name))
-            .collect::<Result<_, _>>()?
-    } else {
-        let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
-        PROMISES.iter().filter(|p| wanted(p.name)).collect()
-    };
+            .collect::<Result<_, _>>()?;
+    } else if !words.is_empty() {
+        chosen.retain(|promise| words.iter().any(|word| promise.name.contains(word)));
+    }
+    chosen.retain(|promise| !skipped.iter().any(|word| promise.name.contains(word)));
+
+    if flagged("--ignored") {
+        chosen.clear(); // none is
+    }
     if flagged("--list") {
-        chosen.iter().for_each(|p| println!("{}: test", p.name));
+        for promise in &chosen {
+            println!("{}: test", promise.name);
+        }
         return Ok(());
     }
-
     let mut broken = 0;
     for promise in &chosen {
-        let run = run(promise.name);
-        match run {
-            Ok(run) if (promise.holds)(&run) => println!("test {} ... ok", promise.name),
-            run => {
-                println!("test {} ... FAILED: {run:#?}", promise.name);
-                broken += 1;
-            }
+        let ended = run(promise.name);
+        if ended.as_ref().is_ok_and(promise.holds) {
+            println!("test {} ... ok", promise.name);
+        } else {
+            println!("test {} ... FAILED: {ended:#?}", promise.name);
+            broken += 1;
         }
     }
     println!("{} passed, {broken} failed", chosen.len() - broken);
@@ -330,7 +340,7 @@ fn run(name: &str) -> Result<Run, Box<dyn Error>> {
     let printed = receiver.recv_timeout(Duration::from_secs(10));
     if printed.is_err() {
         let group = Pid::from_raw(program.id().try_into()?);
-        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, as long as the id is its own
+        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, which frees the id
     }
     let ok = program.wait()?.success();
     let (output, errors) = printed.map_err(|_| "not over after ten seconds")?;

@@ -1,4 +1,4 @@
-//! Four worker processes share out five tasks: whoever is free takes the next.
+//! Four worker processes share out five tasks: whichever is free takes the next.
 //!
 //! The tutorial's section 三、进程池 (the process pool), `demo2/propool.py`.
 //! Run it with `cargo run -p propool`.
@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The part of Python's `multiprocessing` that this program needs.
+/// The part of Python's `multiprocessing` that this program needs, and that its tests use.
 pub mod multiprocessing {
     use std::error::Error;
     use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -47,27 +47,29 @@ pub mod multiprocessing {
 
     /// Worker processes that read tasks from one pipe; whichever is free takes the next.
     ///
-    /// A pool that is dropped without `join` is not waited for, as with std's `Child`. When the parent
-    /// has ended, each worker leaves after the task that it is in, and queued tasks are lost; an idle
-    /// worker stays as long as a process that was forked after the pool holds the pipe.
+    /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
+    /// do the queued tasks and end. When the parent has ended, each worker ends after its current
+    /// task, and queued tasks are lost. An idle worker ends only once no process holds the write
+    /// end of the pipe; each process that was forked after the pool holds it.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
     }
 
-    /// The address of a function, which is the same in every fork of a program, and its argument.
-    /// The address 0 tells the worker that reads it to stop.
+    /// The address of a function, which is the same in every fork of a program, and the argument
+    /// for the call. The address 0 tells the worker that reads it to stop.
     ///
     /// A task is written in one piece, since it is shorter than `PIPE_BUF`, and read in one piece,
     /// since all have one length and the kernel lets one process at a time read from a pipe.
     type Task = [[u8; size_of::<usize>()]; 2];
 
     impl Pool {
-        /// Makes a pool of `processes` workers. Fails if that is 0, if stdout cannot be flushed, or
-        /// if the system has no room for the pipe or for another process.
+        /// Makes a pool of `processes` workers. Fails if `processes` is 0, if stdout cannot be
+        /// flushed, or if no pipe or process can be made.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the workers for ever.
+        /// so a lock that another thread holds stays locked in the workers for ever. (Strictly an
+        /// `unsafe fn`; it is not one so that `Pool::new(4)?` reads like Python.)
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
@@ -81,11 +83,11 @@ pub mod multiprocessing {
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             let parent = getpid();
             for _ in 0..processes {
-                // SAFETY: the caller sees to it that this process has one thread, so the child is
+                // SAFETY: the caller sees to it that this process has one thread, so the worker is
                 // not limited to async-signal-safe functions.
                 match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                     ForkResult::Child => {
-                        // As long as a worker holds the write end, it never sees end-of-file.
+                        // As long as a worker held the write end, it would never see end-of-file.
                         pool.tasks = None;
                         let ended = panic::catch_unwind(|| work(read_end, parent));
                         let ok = matches!(ended, Ok(true));
@@ -100,19 +102,21 @@ pub mod multiprocessing {
             Ok(pool) // `read_end` closes: as long as the parent held it, no write would fail
         }
 
-        /// Queues a task for the workers: a call of `func` with `arg`. Waits while the pipe is
-        /// full, on most systems at 4,096 tasks. Fails after `close`, and if no worker is left.
+        /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on
+        /// most systems at 4,096 tasks. Fails after `close`, and if no worker is left, nor a
+        /// process that a task has forked.
         ///
         /// `func` must be in the program, or in a library that was loaded before the pool was made.
         pub fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Box<dyn Error>> {
             let tasks = self.tasks.as_mut().ok_or("Pool not running")?;
             let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
+            // A write fails only if no process holds the read end.
             let written = tasks.write_all(task.as_flattened());
-            written.map_err(|_| "no worker is left".into()) // so nobody holds the read end
+            written.map_err(|_| "no worker is left".into())
         }
 
-        /// Tells the workers to stop after the tasks that are queued; no more can be queued then.
-        /// Waits while the pipe is full.
+        /// Tells the workers to stop after the queued tasks; no more tasks can be queued
+        /// afterwards. Waits while the pipe is full.
         pub fn close(&mut self) {
             if let Some(mut tasks) = self.tasks.take() {
                 // It is not enough to close this end: a process forked later holds it as well.
@@ -143,21 +147,21 @@ pub mod multiprocessing {
         }
     }
 
-    /// Runs tasks until this worker is told to stop. Returns whether it was, and no task panicked.
+    /// Runs tasks. Returns true if this worker was told to stop and none of its tasks panicked.
     fn work(mut tasks: PipeReader, parent: Pid) -> bool {
         // Otherwise the workers may all draw the same numbers.
-        rand::rng().reseed().expect("new random numbers");
+        rand::rng().reseed().expect("cannot reseed");
         let mut ok = true;
         let mut task = Task::default();
-        // A worker whose parent has ended takes no task, nor does a process that a task has forked
-        // and that comes back from the task.
+        // Another parent means that the worker's own has ended, or that a task has forked this
+        // process, which has then returned from the task. Neither takes a task.
         while getppid() == parent && tasks.read_exact(task.as_flattened_mut()).is_ok() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
                 return ok;
             }
-            // SAFETY: `apply_async` wrote the address of a `fn(usize)`. Its caller sees to it that
-            // the function was there when this worker was forked, so it is there here as well.
+            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and the caller of that sees
+            // to it that the function was there when this worker was forked.
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
             if let Err(payload) = panic::catch_unwind(|| func(arg)) {
                 ok = false;

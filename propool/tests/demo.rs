@@ -1,4 +1,4 @@
-//! What the tutorial shows in 三、进程池: whoever changes `main` changes this file, too.
+//! What the tutorial shows in 三、进程池. A change of `main` needs a change here.
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader};
@@ -7,8 +7,9 @@ use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Forty numbers from [0, 3) lie within a third of it once in 10^17 times, and add up to less than
-/// 19.8 once in 10^15 times. A run takes at least a quarter of its share, since four workers sleep.
+/// Of forty numbers from [0, 3), the longest and the shortest differ by less than 1 once in 10^17
+/// times, and all add up to less than 19.8 once in 10^15 times. A run takes at least a quarter of
+/// the sum of its five sleeps, since four workers sleep at once.
 #[test]
 fn five_tasks_are_done_once_each_and_sleep_for_random_times() {
     let runs = [(); 8].map(|()| {
@@ -32,10 +33,11 @@ fn five_tasks_are_done_once_each_and_sleep_for_random_times() {
     assert!(seconds > 19.8 / 4.0, "eight runs took {seconds} seconds");
 }
 
-/// Each worker is stopped in its task, until all have one, and longer than a task sleeps.
+/// Stops each worker in its first task, and continues all of them after more than three seconds, so
+/// that a task that measures its time prints more than 3.
 ///
-/// A run in which too many tasks were faster than that, or none had looked at the clock before it
-/// was stopped, shows nothing, and another one is made.
+/// A run proves nothing if a worker got no task before all were begun, or if no task had read the
+/// clock before its worker was stopped. Then the test makes another run.
 #[test]
 fn four_workers_measure_the_time_of_their_tasks() {
     for _ in 0..20 {
@@ -44,7 +46,7 @@ fn four_workers_measure_the_time_of_their_tasks() {
         let (mut printed, mut begun) = (Vec::new(), Vec::new());
         let mut stopped = HashSet::new();
         while stopped.len() < 4 && begun.len() < 5 {
-            // With less than four workers, nobody prints any more.
+            // With fewer than four workers, no line comes any more.
             let Ok(line) = lines.recv_timeout(Duration::from_secs(10)) else {
                 break;
             };
@@ -64,7 +66,7 @@ fn four_workers_measure_the_time_of_their_tasks() {
             return;
         }
     }
-    panic!("there are less than four workers, or no task measures its time");
+    panic!("there are fewer than four workers, or no task measures its time");
 }
 
 fn start() -> Child {

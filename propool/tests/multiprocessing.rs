@@ -1,7 +1,11 @@
-//! What `mod multiprocessing` promises: a table of small programs, and what must come of each.
+//! What `mod multiprocessing` promises: a table of small programs, and what each must print.
 //!
-//! A program runs in a process of its own, which has a single thread, as the module asks. To add a
-//! promise, copy one. `cargo test -- 'a worker'` runs those whose names contain these words.
+//! A program runs in a process of its own, which has a single thread, as the module requires. So
+//! there is no `#[test]` here, but a `main` that runs the table (`harness = false` in Cargo.toml).
+//!
+//! To add a promise, copy one: `announce` prints the error that `join` is to report, and
+//! `failed_as_announced` compares the two. `cargo test -- 'a worker'` runs those whose names contain
+//! these words.
 
 use std::error::Error;
 use std::fs::File;
@@ -20,6 +24,7 @@ use nix::unistd::{Pid, fork, getpid, getppid};
 
 use demo::multiprocessing::Pool;
 
+// The module is in a program, which a test can only include; its `main` is not used.
 #[path = "../src/main.rs"]
 #[allow(dead_code)]
 mod demo;
@@ -30,7 +35,7 @@ struct Promise {
     holds: fn(&Run) -> bool,
 }
 
-/// What came of a program.
+/// How a program has ended.
 #[derive(Debug)]
 struct Run {
     ok: bool, // whether its exit status was 0
@@ -58,13 +63,13 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "a worker that is free takes the next task",
         program: || {
-            LazyLock::force(&SIGN);
+            LazyLock::force(&GATE); // before the fork, so that all have the same pipe
             let mut p = Pool::new(2)?;
-            p.apply_async(|_| (&SIGN.0).read_exact(&mut [0]).unwrap(), 0)?;
+            p.apply_async(|_| (&GATE.0).read_exact(&mut [0]).unwrap(), 0)?;
             for i in 1..10 {
                 p.apply_async(|i| println!("{i}"), i)?;
             }
-            p.apply_async(|_| (&SIGN.1).write_all(&[0]).unwrap(), 0)?;
+            p.apply_async(|_| (&GATE.1).write_all(&[0]).unwrap(), 0)?;
             p.close();
             p.join()
         },
@@ -102,12 +107,12 @@ const PROMISES: &[Promise] = &[
         program: || {
             let mut p = Pool::new(1)?;
             p.apply_async(|_| panic::panic_any(PanicsWhenDropped), 0)?;
-            p.apply_async(|_| panic!("no bread"), 0)?;
+            p.apply_async(|_| panic!("on purpose"), 0)?;
             p.apply_async(|_| announce("exited with status 1"), 0)?;
             p.close();
             p.join()
         },
-        holds: |run| run.failed_as_announced() && run.errors.contains("no bread"),
+        holds: |run| run.failed_as_announced() && run.errors.contains("on purpose"),
     },
     Promise {
         name: "an unfinished line comes out once, after a panic as well",
@@ -116,7 +121,7 @@ const PROMISES: &[Promise] = &[
             let mut p = Pool::new(1)?;
             let task = |_| {
                 print!("task, ");
-                panic!("no bread");
+                panic!("on purpose");
             };
             p.apply_async(task, 0)?;
             p.close();
@@ -127,16 +132,17 @@ const PROMISES: &[Promise] = &[
         holds: |run| !run.ok && run.output == "parent, task, end",
     },
     Promise {
-        name: "a worker that leaves without being told to stop has failed",
+        name: "a worker that ends without being told to stop has failed",
         program: || {
-            LazyLock::force(&SIGN);
+            LazyLock::force(&GATE); // before the fork, so that all have the same pipe
             let mut p = Pool::new(1)?;
+            // The worker then reads end-of-file, and none of the tasks 1 to 3.
             let lay_dev_null_over_the_pipe = |_| {
-                (&SIGN.0).read_exact(&mut [0]).unwrap();
+                (&GATE.0).read_exact(&mut [0]).unwrap();
                 announce("exited with status 1");
                 let null = File::open("/dev/null").unwrap();
                 for fd in 3..null.as_raw_fd() {
-                    // SAFETY: whoever uses these descriptors reads end-of-file from now on.
+                    // SAFETY: `dup2` leaves each of these descriptors open.
                     unsafe { libc::dup2(null.as_raw_fd(), fd) };
                 }
             };
@@ -145,13 +151,13 @@ const PROMISES: &[Promise] = &[
                 p.apply_async(|i| println!("{i}"), i)?;
             }
             p.close();
-            (&SIGN.1).write_all(&[0])?;
+            (&GATE.1).write_all(&[0])?;
             p.join()
         },
         holds: |run| run.failed_as_announced(),
     },
     Promise {
-        name: "a process that comes back from a task takes none",
+        name: "a process that a task has forked takes no task",
         program: || {
             let mut p = Pool::new(1)?;
             // SAFETY: a worker has a single thread.
@@ -187,10 +193,10 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "no task is begun when the parent has been killed",
         program: || {
-            LazyLock::force(&SIGN);
+            LazyLock::force(&GATE); // before the fork, so that all have the same pipe
             let mut p = Pool::new(1)?;
             let kill_the_parent = |_| {
-                (&SIGN.0).read_exact(&mut [0]).unwrap();
+                (&GATE.0).read_exact(&mut [0]).unwrap();
                 let parent = getppid();
                 signal::kill(parent, Signal::SIGKILL).unwrap();
                 while getppid() == parent {}
@@ -198,7 +204,7 @@ const PROMISES: &[Promise] = &[
             p.apply_async(kill_the_parent, 0)?;
             p.apply_async(|_| println!("begun"), 0)?;
             p.close();
-            (&SIGN.1).write_all(&[0])?;
+            (&GATE.1).write_all(&[0])?;
             p.join()
         },
         holds: |run| !run.ok && run.output.is_empty() && run.errors.is_empty(),
@@ -334,6 +340,7 @@ const PROMISES: &[Promise] = &[
     Promise {
         name: "a worker that cannot be waited for has failed",
         program: || {
+            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
             // SAFETY: no handler is set.
             unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
             let mut p = Pool::new(1)?;
@@ -357,13 +364,13 @@ fn announce(failure: &str) {
     println!("worker {} {failure}", getpid());
 }
 
-/// One process of a program waits for another one by this pipe, which is made before the fork.
-static SIGN: LazyLock<(PipeReader, PipeWriter)> = LazyLock::new(|| io::pipe().unwrap());
+/// A pipe by which one process of a program lets another one wait.
+static GATE: LazyLock<(PipeReader, PipeWriter)> = LazyLock::new(|| io::pipe().unwrap());
 
 /// Replaces standard output by a pipe that nobody reads.
 fn break_stdout() {
     let (_, write_end) = io::pipe().unwrap();
-    // SAFETY: std holds the number of this descriptor only, and does not keep what it refers to.
+    // SAFETY: std uses standard output by its number alone.
     unsafe { libc::dup2(write_end.as_raw_fd(), libc::STDOUT_FILENO) };
 }
 
@@ -376,46 +383,50 @@ impl Drop for PanicsWhenDropped {
     }
 }
 
-/// Runs the promises whose names contain one of the words, all without a word. `cargo nextest run`
-/// asks for the names first, and then for one after the other by `--exact`.
+/// Runs the promises whose names contain one of the arguments, or all if there are none.
+///
+/// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
 fn main() -> Result<(), Box<dyn Error>> {
-    let (mut words, mut flags) = (Vec::new(), Vec::new());
+    let (mut flags, mut words, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
-            "--format" | "--test-threads" => drop(args.next()), // their values are no names
+            "--skip" => skipped.extend(args.next()),
+            "--format" | "--test-threads" => drop(args.next()), // the value is no name
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }
     }
     let flagged = |flag: &str| flags.iter().any(|f| f == flag);
-
-    let chosen: Vec<&Promise> = if flagged("--ignored") {
-        Vec::new()
-    } else if flagged("--exact") {
-        words
+    let mut chosen: Vec<&Promise> = PROMISES.iter().collect();
+    if flagged("--exact") {
+        chosen = words
             .iter()
             .map(|name| named(name))
-            .collect::<Result<_, _>>()?
-    } else {
-        let wanted = |name: &str| words.is_empty() || words.iter().any(|word| name.contains(word));
-        PROMISES.iter().filter(|p| wanted(p.name)).collect()
-    };
+            .collect::<Result<_, _>>()?;
+    } else if !words.is_empty() {
+        chosen.retain(|promise| words.iter().any(|word| promise.name.contains(word)));
+    }
+    chosen.retain(|promise| !skipped.iter().any(|word| promise.name.contains(word)));
+
+    if flagged("--ignored") {
+        chosen.clear(); // none is
+    }
     if flagged("--list") {
-        chosen.iter().for_each(|p| println!("{}: test", p.name));
+        for promise in &chosen {
+            println!("{}: test", promise.name);
+        }
         return Ok(());
     }
-
     let mut broken = 0;
     for promise in &chosen {
-        let run = run(promise.name);
-        match run {
-            Ok(run) if (promise.holds)(&run) => println!("test {} ... ok", promise.name),
-            run => {
-                println!("test {} ... FAILED: {run:#?}", promise.name);
-                broken += 1;
-            }
+        let ended = run(promise.name);
+        if ended.as_ref().is_ok_and(promise.holds) {
+            println!("test {} ... ok", promise.name);
+        } else {
+            println!("test {} ... FAILED: {ended:#?}", promise.name);
+            broken += 1;
         }
     }
     println!("{} passed, {broken} failed", chosen.len() - broken);
@@ -449,7 +460,7 @@ fn run(name: &str) -> Result<Run, Box<dyn Error>> {
     let printed = receiver.recv_timeout(Duration::from_secs(10));
     if printed.is_err() {
         let group = Pid::from_raw(program.id().try_into()?);
-        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, as long as the id is its own
+        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, which frees the id
     }
     let ok = program.wait()?.success();
     let (output, errors) = printed.map_err(|_| "not over after ten seconds")?;

@@ -11,10 +11,10 @@ fn main() -> Result<(), Box<dyn Error>> {
     let _r = Command::new("/bin/sh")
         .args(["-c", "ps -aux|grep python"])
         .status()
-        .map_err(|e| format!("/bin/sh: {e}"))?; // the error alone names no program
+        .map_err(|e| format!("/bin/sh: {e}"))?; // the error itself names no program
 
     println!("---------------");
-    io::stdout().flush()?; // before ls prints
+    io::stdout().flush()?; // otherwise ls may print first
 
     let _r2 = Command::new("ls")
         .args(["-l"])
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map_err(|e| format!("ls: {e}"))?;
 
     println!("---------------");
-    io::stdout().flush()?; // before ping prints
+    io::stdout().flush()?; // otherwise ping may print first
 
     let mut r3 = Command::new("ping")
         .args(["-c", "4", "www.baidu.com"])

@@ -1,8 +1,9 @@
-//! What the tutorial shows in 四、subprocess: whoever changes `main` changes this file, too.
+//! What the tutorial shows in 四、subprocess. A change of `main` needs a change here.
 //!
-//! Scripts stand in for the programs that it runs, so that no network is needed. Each prints its
-//! name and its arguments and fails, which Python does not mind. The one for ping closes its output
-//! before it ends, sleeps, and writes a file, which exists after the run if the parent has waited.
+//! Scripts stand in for the programs that `main` runs, so that no network is needed. Each prints
+//! its name and its arguments and fails, which Python's program ignores. The script for grep also
+//! passes on what it reads. The script for ping first closes its output, then sleeps, then writes
+//! a file: the file exists after the run only if the parent has waited.
 
 use std::fs;
 use std::process::{Command, Output};
