@@ -61,21 +61,20 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// A queue of texts with one reader: a pipe for the texts, and one by which the reader answers
-    /// a writer in `join`.
+    /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
     ///
-    /// A process that calls `get` is the reader, one that calls `put` or `join` a writer. Its first
-    /// call closes the pipe ends of the other side, so start all processes that use the queue
-    /// before this one uses it. As long as a process holds the ends of both sides, having made no
-    /// call, the others do not notice when the reader or the last writer has ended, and may wait
-    /// for ever.
+    /// Its first call makes a process the reader (`get`) or a writer (`put`, `join`), and closes
+    /// the other side's pipe ends in it; a call of the other side then fails. So start all
+    /// processes that use the queue before their parent uses it. A process that has made no call
+    /// holds all ends: the others do not notice that the reader or the last writer has ended, and
+    /// may wait for ever.
     ///
-    /// The pipe has room for 64 KiB on Linux; a text takes its length and 8 bytes. If this sum is
-    /// at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may call `put` at
-    /// once. While a longer text is put, no other process may call `put` or `join`; if the process
-    /// that puts it is killed, the queue must not be used any more. Only one process at a time may
-    /// be in `join`, since the answers carry no name, nor may it be killed there: its answer would
-    /// be taken for another's.
+    /// A text takes at least its length and 8 bytes of the pipe's room (64 KiB on Linux). If that
+    /// is at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may put texts
+    /// at once. While a longer text is put, no other process may call `put` or `join`; if the
+    /// process that puts it is killed, the queue must not be used any more. Only one process at a
+    /// time may be in `join`, since the answers carry no name, nor may it be killed there: its
+    /// answer would be taken for another's.
     pub struct Queue {
         reader: Ends, // reads texts, writes answers
         writer: Ends, // reads answers, writes texts
@@ -112,9 +111,10 @@ pub mod multiprocessing {
             texts.write_all(&message).map_err(|_| NO_READER.into())
         }
 
-        /// Takes the next text out of the queue. Waits while there is none; fails if all writers
-        /// have ended. A process that has the queue and has not called `get` counts as a writer, so
-        /// to end a loop of `get`s, put a text that means the end, as in Python.
+        /// Takes the next text out of the queue. Waits while there is none. Fails if all writers
+        /// have ended, and each process that has the queue and has not called `get` counts as one;
+        /// so to end a loop of `get`s, put a text that means the end, as in Python. Fails, too, if
+        /// stdout cannot be flushed for a `join`, or if texts were mixed.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
             let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
@@ -132,7 +132,7 @@ pub mod multiprocessing {
             }
             let mut value = vec![0; usize::from_ne_bytes(length)];
             texts.read_exact(&mut value).map_err(|_| NO_WRITER)?;
-            Ok(String::from_utf8(value).map_err(|e| e.to_string())?) // a text that was mixed
+            Ok(String::from_utf8(value).map_err(|e| e.to_string())?)
         }
 
         /// Waits until the reader has asked for another text after the last one that was put, that
@@ -168,9 +168,10 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which calls the target and ends. An error or a panic of the target is
-        /// printed to stderr, and shows as exit status 1. `start` fails if stdout cannot be flushed
-        /// or no process can be made, and panics if the process was started before.
+        /// Starts the child, which calls the target and ends. An error or a panic is printed to
+        /// stderr, and shows as exit status 1, like each `ExitCode` but `SUCCESS`. `start` fails if
+        /// stdout cannot be flushed or no process can be made, and panics if the process was
+        /// started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
@@ -189,13 +190,11 @@ pub mod multiprocessing {
                         let status = self.args.take().map(self.target).map(R::report);
                         status == Some(ExitCode::SUCCESS)
                     };
-                    // Before `_exit`, nothing uses what a panic may have left half done, and
-                    // nothing drops the payload of a panic, which may panic again.
+                    // Never dropped before `_exit`: a panic's payload may panic again in its drop.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
                     let ok = matches!(ended, Ok(true));
                     let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
-                    // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the exit
-                    // handlers that are the parent's.
+                    // SAFETY: `_exit` can always be called; unlike `exit`, it skips exit handlers.
                     unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                 }
                 ForkResult::Parent { child } => {
@@ -233,12 +232,10 @@ pub mod multiprocessing {
             let Some(pid) = self.pid else {
                 return Ok(());
             };
-            // Until the child is waited for, no other process can have its id. A child that is
+            // No other process has the child's id before the child is waited for. A child that is
             // stopped receives SIGTERM when SIGCONT continues it.
-            for signal in [SIGTERM, SIGCONT] {
-                kill(pid, signal)
-                    .map_err(|e| format!("process {pid} cannot be terminated: {e}"))?;
-            }
+            let sent = kill(pid, SIGTERM).and_then(|()| kill(pid, SIGCONT));
+            sent.map_err(|e| format!("process {pid} cannot be terminated: {e}"))?;
             self.terminated = true;
             self.join()
         }

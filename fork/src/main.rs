@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ),
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            waitpid(child, None)?; // otherwise the child may have another parent by then
+            waitpid(child, None)?; // otherwise it may end before the child asks for its parent's id
         }
     }
     Ok(())

@@ -54,9 +54,10 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which calls the target and ends. An error or a panic of the target is
-        /// printed to stderr, and shows as exit status 1. `start` fails if stdout cannot be flushed
-        /// or no process can be made, and panics if the process was started before.
+        /// Starts the child, which calls the target and ends. An error or a panic is printed to
+        /// stderr, and shows as exit status 1, like each `ExitCode` but `SUCCESS`. `start` fails if
+        /// stdout cannot be flushed or no process can be made, and panics if the process was
+        /// started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
@@ -75,13 +76,11 @@ pub mod multiprocessing {
                         let status = self.args.take().map(self.target).map(R::report);
                         status == Some(ExitCode::SUCCESS)
                     };
-                    // Before `_exit`, nothing uses what a panic may have left half done, and
-                    // nothing drops the payload of a panic, which may panic again.
+                    // Never dropped before `_exit`: a panic's payload may panic again in its drop.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
                     let ok = matches!(ended, Ok(true));
                     let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
-                    // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the exit
-                    // handlers that are the parent's.
+                    // SAFETY: `_exit` can always be called; unlike `exit`, it skips exit handlers.
                     unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                 }
                 ForkResult::Parent { child } => {

@@ -2,25 +2,28 @@
 
 use std::process::Command;
 
+/// Twenty runs, since without `p.join()`, some runs print the lines in this order all the same.
 #[test]
 fn the_child_prints_between_start_and_end() {
-    let run = Command::new(env!("CARGO_BIN_EXE_multipro"))
-        .output()
-        .unwrap();
-    assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
-    let output = String::from_utf8(run.stdout).unwrap();
-    let lines: Vec<&str> = output.lines().collect();
-    assert_eq!(lines.len(), 4, "not four lines: {output}");
+    for _ in 0..20 {
+        let run = Command::new(env!("CARGO_BIN_EXE_multipro"))
+            .output()
+            .unwrap();
+        assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
+        let output = String::from_utf8(run.stdout).unwrap();
+        let lines: Vec<&str> = output.lines().collect();
+        assert_eq!(lines.len(), 4, "not four lines: {output}");
 
-    let parent = lines[0]
-        .strip_prefix("Parent process ")
-        .and_then(|line| line.strip_suffix("."))
-        .expect(&output);
-    assert_eq!(lines[1], "Child process will start.");
-    let child = lines[2]
-        .strip_prefix("Run child process test (")
-        .and_then(|line| line.strip_suffix(")..."))
-        .expect(&output);
-    assert_eq!(lines[3], "Child process end.");
-    assert_ne!(child, parent, "run_proc ran in the parent");
+        let parent = lines[0]
+            .strip_prefix("Parent process ")
+            .and_then(|line| line.strip_suffix("."))
+            .expect(&output);
+        assert_eq!(lines[1], "Child process will start.");
+        let child = lines[2]
+            .strip_prefix("Run child process test (")
+            .and_then(|line| line.strip_suffix(")..."))
+            .expect(&output);
+        assert_eq!(lines[3], "Child process end.");
+        assert_ne!(child, parent, "run_proc ran in the parent");
+    }
 }

@@ -4,8 +4,8 @@
 //! there is no `#[test]` here, but a `main` that runs the table (`harness = false` in Cargo.toml).
 //!
 //! To add a promise, copy one: `announce` prints the error that `join` is to report, and
-//! `failed_as_announced` compares the two. `cargo test -- 'a child'` runs those whose names contain
-//! these words.
+//! `failed_as_announced` compares the two. `cargo test -- 'a child'` runs the promises with these
+//! words in their names.
 
 use std::error::Error;
 use std::io;
@@ -273,14 +273,14 @@ fn main() -> Result<(), Box<dyn Error>> {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
             "--skip" => skipped.extend(args.next()),
-            "--format" | "--test-threads" => drop(args.next()), // the value is no name
+            "--color" | "--format" | "--test-threads" => drop(args.next()), // no name follows
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }
     }
     let flagged = |flag: &str| flags.iter().any(|f| f == flag);
     let mut chosen: Vec<&Promise> = PROMISES.iter().collect();
-    if flagged("--exact") {
+    if flagged("--exact") && !words.is_empty() {
         chosen = words
             .iter()
             .map(|name| named(name))
@@ -323,30 +323,25 @@ fn named(name: &str) -> Result<&'static Promise, Box<dyn Error>> {
 
 /// Runs the program of a promise until all its processes have ended, for ten seconds at most.
 fn run(name: &str) -> Result<Run, Box<dyn Error>> {
-    let mut program = Command::new(env::current_exe()?)
+    let program = Command::new(env::current_exe()?)
         .args(["--program", name])
         .env("RUST_BACKTRACE", "0")
         .process_group(0)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()?;
-    let pipes = (
-        program.stdout.take().unwrap(),
-        program.stderr.take().unwrap(),
-    );
+    let group = Pid::from_raw(program.id().try_into()?);
     let (sender, receiver) = mpsc::channel();
-    // All processes of the program hold the pipes, so the end of the pipes means that none is left.
-    thread::spawn(move || sender.send((io::read_to_string(pipes.0), io::read_to_string(pipes.1))));
-    let printed = receiver.recv_timeout(Duration::from_secs(10));
-    if printed.is_err() {
-        let group = Pid::from_raw(program.id().try_into()?);
-        signal::killpg(group, Signal::SIGKILL)?; // before `wait`, which frees the id
-    }
-    let ok = program.wait()?.success();
-    let (output, errors) = printed.map_err(|_| "not over after ten seconds")?;
+    // All processes of the program hold the pipes, and so the output ends when none is left.
+    thread::spawn(move || sender.send(program.wait_with_output()));
+    let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) else {
+        signal::killpg(group, Signal::SIGKILL)?;
+        return Err("not over after ten seconds".into());
+    };
+    let ended = ended?;
     Ok(Run {
-        ok,
-        output: output?,
-        errors: errors?,
+        ok: ended.status.success(),
+        output: String::from_utf8_lossy(&ended.stdout).into(),
+        errors: String::from_utf8_lossy(&ended.stderr).into(),
     })
 }

@@ -48,9 +48,10 @@ pub mod multiprocessing {
     /// Worker processes that read tasks from one pipe; whichever is free takes the next.
     ///
     /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
-    /// do the queued tasks and end. When the parent has ended, each worker ends after its current
-    /// task, and queued tasks are lost. An idle worker ends only once no process holds the write
-    /// end of the pipe; each process that was forked after the pool holds it.
+    /// do the queued tasks and end. When the parent has ended, each worker ends after the task that
+    /// it is in or waits for, and queued tasks are lost. A worker that waits for a task ends once
+    /// no process holds the write end of the pipe; each process that was forked after the pool
+    /// holds it.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -92,8 +93,8 @@ pub mod multiprocessing {
                         let ended = panic::catch_unwind(|| work(read_end, parent));
                         let ok = matches!(ended, Ok(true));
                         let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
-                        // SAFETY: `_exit` can always be called. Unlike `exit`, it does not run the
-                        // exit handlers that are the parent's.
+                        // SAFETY: `_exit` can always be called; unlike `exit`, it skips exit
+                        // handlers.
                         unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                     }
                     ForkResult::Parent { child } => pool.workers.push(child),
@@ -134,12 +135,8 @@ pub mod multiprocessing {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
             }
-            let mut failures = Vec::new();
-            for worker in self.workers.drain(..) {
-                if let Err(failure) = wait(worker) {
-                    failures.push(failure);
-                }
-            }
+            let results = self.workers.drain(..).map(wait);
+            let failures: Vec<String> = results.filter_map(Result::err).collect();
             if failures.is_empty() {
                 return Ok(());
             }
@@ -151,11 +148,12 @@ pub mod multiprocessing {
     fn work(mut tasks: PipeReader, parent: Pid) -> bool {
         // Otherwise the workers may all draw the same numbers.
         rand::rng().reseed().expect("cannot reseed");
+        let ids = (getpid(), parent);
         let mut ok = true;
         let mut task = Task::default();
-        // Another parent means that the worker's own has ended, or that a task has forked this
-        // process, which has then returned from the task. Neither takes a task.
-        while getppid() == parent && tasks.read_exact(task.as_flattened_mut()).is_ok() {
+        // A process that a task has forked takes no task when it returns from that task, nor does a
+        // worker whose parent has ended.
+        while (getpid(), getppid()) == ids && tasks.read_exact(task.as_flattened_mut()).is_ok() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
                 return ok;
