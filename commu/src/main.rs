@@ -69,9 +69,9 @@ pub mod multiprocessing {
     /// holds all ends: the others do not notice that the reader or the last writer has ended, and
     /// may wait for ever.
     ///
-    /// A text takes at least its length and 8 bytes of the pipe's room (64 KiB on Linux). If that
-    /// is at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may put texts
-    /// at once. While a longer text is put, no other process may call `put` or `join`; if the
+    /// A text takes at least its length and 8 bytes of the pipe's room (64 KiB on Linux). If this
+    /// sum is at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may put
+    /// texts at once. While a longer text is put, no other process may call `put` or `join`; if the
     /// process that puts it is killed, the queue must not be used any more. Only one process at a
     /// time may be in `join`, since the answers carry no name, nor may it be killed there: its
     /// answer would be taken for another's.
@@ -175,7 +175,7 @@ pub mod multiprocessing {
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
-        /// `unsafe fn`; it is not one so that `p.start()?` reads like Python.)
+        /// `unsafe fn`; it is not one, so that `p.start()?` reads like Python.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise the child prints what is still buffered as well.

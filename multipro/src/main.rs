@@ -61,7 +61,7 @@ pub mod multiprocessing {
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
-        /// `unsafe fn`; it is not one so that `p.start()?` reads like Python.) If the target uses
+        /// `unsafe fn`; it is not one, so that `p.start()?` reads like Python.) If the target uses
         /// the crate rand, it must first call `rand::rng().reseed()`; otherwise it may draw the
         /// same numbers as its parent.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {

@@ -70,7 +70,7 @@ pub mod multiprocessing {
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the workers for ever. (Strictly an
-        /// `unsafe fn`; it is not one so that `Pool::new(4)?` reads like Python.)
+        /// `unsafe fn`; it is not one, so that `Pool::new(4)?` reads like Python.)
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
