@@ -41,7 +41,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     pr.start()?;
     // Wait for pw to end:
     pw.join()?;
-    q.join()?; // without it, pr may be terminated before it has got all values, as in Python
+    q.join()?; // otherwise pr may be terminated before it has got all values, as in Python
     // The process pr is in an endless loop, so it cannot be waited for, only be terminated:
     pr.terminate()?;
     Ok(())

@@ -92,6 +92,20 @@ const PROMISES: &[Promise] = &[
         },
     },
     Promise {
+        name: "a child skips the exit handlers of its parent",
+        program: || {
+            extern "C" fn handler() {
+                println!("exit handler");
+            }
+            // SAFETY: the handler prints, and no more.
+            unsafe { libc::atexit(handler) };
+            let mut p = Process::new(|()| (), ());
+            p.start()?;
+            p.join()
+        },
+        holds: |run| run.ok && run.output == "exit handler\n",
+    },
+    Promise {
         name: "a child that exits is reported by `join`",
         program: || {
             let exit = |()| {
@@ -278,7 +292,7 @@ const PROMISES: &[Promise] = &[
             unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
             let mut p = Process::new(|()| (), ());
             p.start()?;
-            let _ = waitpid(None, None); // the child has ended, and left nothing to wait for
+            let _ = waitpid(None, None); // until the child has ended
             p.terminate()
         },
         holds: |run| !run.ok && run.errors.contains(" cannot be terminated: ESRCH"),
@@ -631,7 +645,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
             "--skip" => skipped.extend(args.next()),
-            "--color" | "--format" | "--test-threads" => drop(args.next()), // no name follows
+            "--color" | "--format" | "--test-threads" => drop(args.next()), // a value is no name
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }

@@ -12,8 +12,7 @@ use nix::unistd::{ForkResult, fork, getpid, getppid};
 fn main() -> Result<(), Box<dyn Error>> {
     println!("Process ({}) start...", getpid());
     io::stdout().flush()?; // otherwise the child prints what is still buffered as well
-    // SAFETY: this process has one thread, so the child is not limited to async-signal-safe
-    // functions.
+    // SAFETY: with a single thread, the child is not limited to async-signal-safe functions.
     // Only works on Unix/Linux/Mac:
     match unsafe { fork() }? {
         ForkResult::Child => println!(
@@ -23,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ),
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            waitpid(child, None)?; // otherwise it may end before the child asks for its parent's id
+            waitpid(child, None)?; // otherwise the child may print the id of another parent
         }
     }
     Ok(())

@@ -90,6 +90,20 @@ const PROMISES: &[Promise] = &[
         },
     },
     Promise {
+        name: "a child skips the exit handlers of its parent",
+        program: || {
+            extern "C" fn handler() {
+                println!("exit handler");
+            }
+            // SAFETY: the handler prints, and no more.
+            unsafe { libc::atexit(handler) };
+            let mut p = Process::new(|()| (), ());
+            p.start()?;
+            p.join()
+        },
+        holds: |run| run.ok && run.output == "exit handler\n",
+    },
+    Promise {
         name: "a child that exits is reported by `join`",
         program: || {
             let exit = |()| {
@@ -273,7 +287,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
             "--skip" => skipped.extend(args.next()),
-            "--color" | "--format" | "--test-threads" => drop(args.next()), // no name follows
+            "--color" | "--format" | "--test-threads" => drop(args.next()), // a value is no name
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }

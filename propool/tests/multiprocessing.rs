@@ -157,6 +157,20 @@ const PROMISES: &[Promise] = &[
         holds: |run| run.failed_as_announced(),
     },
     Promise {
+        name: "a worker skips the exit handlers of its parent",
+        program: || {
+            extern "C" fn handler() {
+                println!("exit handler");
+            }
+            // SAFETY: the handler prints, and no more.
+            unsafe { libc::atexit(handler) };
+            let mut p = Pool::new(1)?;
+            p.close();
+            p.join()
+        },
+        holds: |run| run.ok && run.output == "exit handler\n",
+    },
+    Promise {
         name: "a process that a task has forked takes no task",
         program: || {
             let mut p = Pool::new(1)?;
@@ -393,7 +407,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         match arg.as_str() {
             "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
             "--skip" => skipped.extend(args.next()),
-            "--color" | "--format" | "--test-threads" => drop(args.next()), // no name follows
+            "--color" | "--format" | "--test-threads" => drop(args.next()), // a value is no name
             flag if flag.starts_with('-') => flags.push(arg),
             _ => words.push(arg),
         }
