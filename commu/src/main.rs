@@ -53,43 +53,38 @@ pub mod multiprocessing {
     use std::error::Error;
     use std::io::{self, PipeReader, PipeWriter, Read, Write};
     use std::panic::{self, AssertUnwindSafe};
-    use std::process::{ExitCode, Termination};
+    use std::process::{self, ExitCode, Termination};
 
     use nix::errno::Errno;
-    use nix::libc::_exit;
+    use nix::libc::{_exit, PIPE_BUF};
     use nix::sys::signal::{SIGCONT, SIGTERM, kill};
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
     /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
     ///
-    /// Its first call makes a process the reader (`get`) or a writer (`put`, `join`), and closes
-    /// the other side's pipe ends in it; a call of the other side then fails. So start all
-    /// processes that use the queue before their parent uses it. A process that has made no call
-    /// holds all ends: the others do not notice that the reader or the last writer has ended, and
-    /// may wait for ever.
+    /// A process's first call decides its side: `get` makes it the reader, `put` or `join` a
+    /// writer. It then closes the other side's pipe ends, and a call of the other side fails. So
+    /// start all processes that use the queue before their parent uses it. A process that has made
+    /// no call holds all ends: the others do not notice that the reader or the last writer has
+    /// ended, and may wait for ever.
     ///
-    /// A text takes at least its length and 8 bytes of the pipe's room (64 KiB on Linux). If this
-    /// sum is at most `PIPE_BUF` (4,096 bytes on Linux, 512 on macOS), several processes may put
-    /// texts at once. While a longer text is put, no other process may call `put` or `join`; if the
-    /// process that puts it is killed, the queue must not be used any more. Only one process at a
-    /// time may be in `join`, since the answers carry no name, nor may it be killed there: its
-    /// answer would be taken for another's.
+    /// Any number of processes may put texts at once, but only one process may get them: two would
+    /// tear the texts apart. Only one process at a time may be in `join`.
     pub struct Queue {
-        reader: Ends, // reads texts, writes answers
-        writer: Ends, // reads answers, writes texts
+        reader: RefCell<Option<(PipeReader, PipeWriter)>>, // texts, answers; `None` in a writer
+        writer: RefCell<Option<(PipeReader, PipeWriter)>>, // answers, texts; `None` in the reader
     }
 
-    /// The two pipe ends of one side; `None` in a process that is on the other side.
-    type Ends = RefCell<Option<(PipeReader, PipeWriter)>>;
-
-    /// What `join` writes in place of a text's length, which is never that large.
-    const JOIN: [u8; size_of::<usize>()] = usize::MAX.to_ne_bytes();
+    /// The length in bytes of the longest text: the kernel writes up to `PIPE_BUF` bytes in one
+    /// piece, and the length precedes a text. A larger number in place of a length comes from a
+    /// process in `join`; it is `LONGEST` and that process's id.
+    const LONGEST: usize = PIPE_BUF - size_of::<usize>();
 
     const OTHER_SIDE: &str = "this process is on the other side of the queue";
     // Reading and writing fail for these reasons only:
-    const NO_READER: &str = "the reader of the queue has ended";
-    const NO_WRITER: &str = "all writers of the queue have ended";
+    const NO_READER: &str = "no reader of the queue is left";
+    const NO_WRITER: &str = "no writer of the queue is left";
 
     impl Queue {
         /// Makes an empty queue. Fails if a pipe cannot be made.
@@ -102,48 +97,60 @@ pub mod multiprocessing {
             })
         }
 
-        /// Puts a text into the queue. Waits while there is no room; fails if the reader has ended.
+        /// Puts a text into the queue. Waits while the pipe has no room for it (64 KiB on Linux,
+        /// where each text takes 8 bytes more than its length). Fails if no reader is left, or if
+        /// the text has more than 4,088 bytes (504 on macOS).
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
+            let length = value.len();
+            if length > LONGEST {
+                return Err(format!("a text has at most {LONGEST} bytes, not {length}").into());
+            }
             let mut writer = self.writer.borrow_mut();
             let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
             self.reader.take(); // as long as a writer held the read end, no write would fail
-            let message = [&value.len().to_ne_bytes(), value.as_bytes()].concat();
+            let message = [&length.to_ne_bytes(), value.as_bytes()].concat();
             texts.write_all(&message).map_err(|_| NO_READER.into())
         }
 
-        /// Takes the next text out of the queue. Waits while there is none. Fails if all writers
-        /// have ended, and each process that has the queue and has not called `get` counts as one;
-        /// so to end a loop of `get`s, put a text that means the end, as in Python. Fails, too, if
-        /// stdout cannot be flushed for a `join`, or if texts were mixed.
+        /// Takes the next text out of the queue. Waits while there is none. Fails if no writer is
+        /// left, and each process that has the queue and has not called `get` counts as one; so to
+        /// end a loop of `get`s, put a text that means the end, as in Python. Fails as well if
+        /// stdout cannot be flushed before it answers a `join`.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
             let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
             self.writer.take(); // as long as a reader held the write end, no end-of-file would come
-            let mut length = [0; size_of::<usize>()];
+            let mut number = [0; size_of::<usize>()];
             loop {
-                texts.read_exact(&mut length).map_err(|_| NO_WRITER)?;
-                if length != JOIN {
-                    break;
+                texts.read_exact(&mut number).map_err(|_| NO_WRITER)?;
+                let length = usize::from_ne_bytes(number);
+                if length <= LONGEST {
+                    let mut value = vec![0; length];
+                    texts.read_exact(&mut value)?;
+                    return Ok(String::from_utf8(value)?);
                 }
                 // `terminate` usually comes next, and SIGTERM discards what is still buffered.
                 io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
                 // This fails if the process in `join` was killed. Other texts may be there still.
-                let _ = answers.write_all(&[0]);
+                let _ = answers.write_all(&number);
             }
-            let mut value = vec![0; usize::from_ne_bytes(length)];
-            texts.read_exact(&mut value).map_err(|_| NO_WRITER)?;
-            Ok(String::from_utf8(value).map_err(|e| e.to_string())?)
         }
 
         /// Waits until the reader has asked for another text after the last one that was put, that
         /// is, has finished with all texts, like the `join` of Python's `JoinableQueue`. Fails if
-        /// the reader has ended.
+        /// no reader is left.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
             self.reader.take(); // as long as a writer held these ends, neither call would fail
-            texts.write_all(&JOIN).map_err(|_| NO_READER)?;
-            answers.read_exact(&mut [0]).map_err(|_| NO_READER.into())
+            let request = (LONGEST + process::id() as usize).to_ne_bytes();
+            texts.write_all(&request).map_err(|_| NO_READER)?;
+            let mut answer = [0; size_of::<usize>()];
+            // Another answer than this process's own is for one that was killed in `join`.
+            while answer != request {
+                answers.read_exact(&mut answer).map_err(|_| NO_READER)?;
+            }
+            Ok(())
         }
     }
 
@@ -168,45 +175,42 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which calls the target and ends. An error or a panic is printed to
-        /// stderr, and shows as exit status 1, like each `ExitCode` but `SUCCESS`. `start` fails if
-        /// stdout cannot be flushed or no process can be made, and panics if the process was
-        /// started before.
+        /// Starts the child, which calls the target and ends. If the target returns an error or
+        /// panics, that is printed to stderr, and the child's exit status is 1; so it is for each
+        /// `ExitCode` but `SUCCESS`. `start` fails if stdout cannot be flushed or no process can be
+        /// made, and panics if the process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
-        /// `unsafe fn`; it is not one, so that `p.start()?` reads like Python.)
+        /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
+        /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise the child prints what is still buffered as well.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-            // SAFETY: the caller sees to it that this process has one thread, so the child is not
-            // limited to async-signal-safe functions.
+            // SAFETY: the caller has one thread, so the child may call any function.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
                     let run = || {
-                        // Otherwise the child may draw the same numbers as its parent.
+                        // Otherwise the child draws its parent's next numbers.
                         rand::rng().reseed().expect("cannot reseed");
-                        let status = self.args.take().map(self.target).map(R::report);
-                        status == Some(ExitCode::SUCCESS)
+                        // `report` prints an error, as it does for `main`.
+                        self.args.take().map(self.target).map(R::report)
                     };
-                    // Never dropped before `_exit`: a panic's payload may panic again in its drop.
+                    // `ended` is not dropped: a panic's payload may panic again in its drop.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-                    let ok = matches!(ended, Ok(true));
+                    let ok = matches!(ended, Ok(Some(ExitCode::SUCCESS)));
                     let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
-                    // SAFETY: `_exit` can always be called; unlike `exit`, it skips exit handlers.
+                    // SAFETY: `_exit` can always be called; it skips the exit handlers.
                     unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                 }
-                ForkResult::Parent { child } => {
-                    self.pid = Some(child);
-                    self.args = None;
-                }
+                ForkResult::Parent { child } => self.pid = Some(child),
             }
+            self.args = None;
             Ok(())
         }
 
-        /// Waits for the child to end, unless it has been waited for already. Fails unless the
-        /// child's exit status is 0. Panics if the process was never started.
+        /// Waits for the child to end; does nothing the second time. Fails unless the child's exit
+        /// status is 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
             let Some(pid) = self.pid.take() else {
@@ -225,15 +229,14 @@ pub mod multiprocessing {
             }
         }
 
-        /// Sends SIGTERM to the child, and waits for it to end; a child that ignores SIGTERM is
-        /// waited for until it ends by itself. Fails unless SIGTERM ended the child or its exit
+        /// Sends SIGTERM to the child, and waits for it to end, however long that takes and
+        /// whatever the child does with the signal. Fails unless SIGTERM ended the child or its exit
         /// status is 0. Does nothing if the process was never started or has been waited for.
         pub fn terminate(&mut self) -> Result<(), Box<dyn Error>> {
             let Some(pid) = self.pid else {
                 return Ok(());
             };
-            // No other process has the child's id before the child is waited for. A child that is
-            // stopped receives SIGTERM when SIGCONT continues it.
+            // A child that is stopped receives SIGTERM when SIGCONT continues it.
             let sent = kill(pid, SIGTERM).and_then(|()| kill(pid, SIGCONT));
             sent.map_err(|e| format!("process {pid} cannot be terminated: {e}"))?;
             self.terminated = true;

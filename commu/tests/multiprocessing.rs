@@ -1,27 +1,29 @@
-//! What `mod multiprocessing` promises: a table of small programs, and what each must print.
+//! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
+//! and returns what it must print, with all its processes.
 //!
 //! A program runs in a process of its own, which has a single thread, as the module requires. So
-//! there is no `#[test]` here, but a `main` that runs the table (`harness = false` in Cargo.toml).
+//! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
+//! Cargo.toml).
 //!
-//! To add a promise, copy one: `announce` prints the error that `join` is to report, and
-//! `failed_as_announced` compares the two. `cargo test -- 'a child'` runs the promises with these
-//! words in their names.
+//! To add a promise, copy one. No name may be a part of another's.
 
 use std::error::Error;
 use std::fs::File;
-use std::io::{self, PipeWriter, Read};
-use std::os::fd::AsRawFd;
+use std::io::{self, PipeReader, PipeWriter, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::CommandExt;
 use std::panic::{self, AssertUnwindSafe};
-use std::process::{self, Command, Stdio};
+use std::process::{self, Command, ExitCode, Stdio, Termination};
 use std::sync::mpsc;
 use std::time::Duration;
-use std::{env, mem, thread};
+use std::{env, thread};
 
+use nix::errno::Errno;
 use nix::libc;
+use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
 use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Pid, getpid, getppid};
+use nix::unistd::{Pid, alarm, getpid, getppid};
 
 use demo::multiprocessing::{Process, Queue};
 
@@ -30,498 +32,363 @@ use demo::multiprocessing::{Process, Queue};
 #[allow(dead_code)]
 mod demo;
 
-struct Promise {
-    name: &'static str,
-    program: fn() -> Result<(), Box<dyn Error>>,
-    holds: fn(&Run) -> bool,
-}
+/// The length of the longest text that a queue takes.
+const LONGEST: usize = libc::PIPE_BUF - size_of::<usize>();
 
-/// How a program has ended.
-#[derive(Debug)]
-struct Run {
-    ok: bool, // whether its exit status was 0
-    output: String,
-    errors: String,
-}
+const NO_READER: &str = "no reader of the queue is left";
+const NO_WRITER: &str = "no writer of the queue is left";
 
-const PROMISES: &[Promise] = &[
-    Promise {
-        name: "the child runs the target with its argument, and `join` waits for it",
-        program: || {
-            let run_proc = |parent| {
-                thread::sleep(Duration::from_millis(100));
-                assert_eq!(getppid(), parent);
-                println!("child");
-            };
-            let mut p = Process::new(run_proc, getpid());
-            p.start()?;
-            p.join()?;
-            println!("parent");
-            p.join()
-        },
-        holds: |run| run.ok && run.output == "child\nparent\n",
-    },
-    Promise {
-        name: "an error of the target is shown, and reported by `join`",
-        program: || {
-            let fail = |()| {
-                announce("exited with status 1");
-                Err::<(), _>("on purpose")
-            };
-            let mut p = Process::new(fail, ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| run.failed_as_announced() && run.errors.starts_with("Error: \"on purpose\"\n"),
-    },
-    Promise {
-        name: "a panic is shown, ends the child alone, and is reported by `join`",
-        program: || {
-            let _dropped_by_the_parent_alone = PrintsWhenDropped;
-            let panic = |()| {
-                announce("exited with status 1");
-                panic::panic_any(PanicsWhenDropped);
-            };
-            let mut p = Process::new(panic, ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| {
-            let drops = run.errors.matches("dropped").count();
-            run.failed_as_announced() && run.errors.contains("panicked") && drops == 1
-        },
-    },
-    Promise {
-        name: "a child skips the exit handlers of its parent",
-        program: || {
-            extern "C" fn handler() {
-                println!("exit handler");
+type Program = fn() -> Result<&'static str, Box<dyn Error>>;
+
+const PROMISES: &[(&str, Program)] = &[
+    ("the target gets its argument, in a child", || {
+        let run_proc = |(name, parent)| {
+            assert_eq!(getppid(), parent);
+            println!("{name}");
+        };
+        let mut p = Process::new(run_proc, ("test", getpid()));
+        p.start()?;
+        p.join()?;
+        Ok("test\n")
+    }),
+    ("`join` waits for its own child, once", || {
+        let sleep = |()| {
+            thread::sleep(Duration::from_millis(100));
+            println!("child");
+        };
+        let mut slow = start(sleep, ())?;
+        let mut quick = start(|()| process::exit(3), ())?;
+        slow.join()?;
+        println!("parent");
+        assert!(error(quick.join()).ends_with(" exited with status 3"));
+        quick.join()?;
+        Ok("child\nparent\n")
+    }),
+    ("`join` says how a child has failed", || {
+        assert_eq!(failure(|| Err::<(), _>("no")), "exited with status 1");
+        assert_eq!(failure(|| ExitCode::from(3)), "exited with status 1");
+        assert_eq!(failure(|| panic!("no")), "exited with status 1");
+        assert_eq!(failure(|| process::exit(3)), "exited with status 3");
+        let kill = || signal::raise(Signal::SIGTERM);
+        assert_eq!(failure(kill), "was killed by SIGTERM");
+        // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
+        // SAFETY: no handler is set.
+        unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+        assert!(failure(|| ()).starts_with("cannot be waited for: ECHILD"));
+        Ok("")
+    }),
+    ("an error of the target is shown like one of `main`", || {
+        failure(|| {
+            replace(libc::STDERR_FILENO, &io::stdout());
+            Err::<(), _>("on purpose")
+        });
+        Ok("Error: \"on purpose\"\n")
+    }),
+    ("an unfinished line comes out once", || {
+        print!("parent, ");
+        failure(|| {
+            print!("child, ");
+            panic!("on purpose");
+        });
+        print!("end");
+        Ok("parent, child, end")
+    }),
+    ("a child whose output is lost has failed", || {
+        assert_eq!(failure(lose_output), "exited with status 1");
+        lose_output();
+        let mut p = Process::new(|()| (), ());
+        assert!(error(p.start()).starts_with("stdout: "));
+        assert_eq!(misuse(|| p.join()), "can only join a started process");
+        Ok("")
+    }),
+    ("a panic goes no further than its child", || {
+        extern "C" fn handler() {
+            println!("exit handler");
+        }
+        // SAFETY: the handler prints, and no more.
+        unsafe { libc::atexit(handler) };
+        panic::set_hook(Box::new(|_| println!("shown")));
+        let _in_the_parent = PrintsWhenDropped;
+        failure(|| panic::panic_any(PrintsWhenDropped));
+        Ok("shown\ndropped\nexit handler\n")
+    }),
+    ("a process that is dropped goes on", || {
+        let outlive = |parent| {
+            while getppid() == parent {
+                thread::sleep(Duration::from_millis(1));
             }
-            // SAFETY: the handler prints, and no more.
-            unsafe { libc::atexit(handler) };
-            let mut p = Process::new(|()| (), ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| run.ok && run.output == "exit handler\n",
-    },
-    Promise {
-        name: "a child that exits is reported by `join`",
-        program: || {
-            let exit = |()| {
-                announce("exited with status 3");
-                process::exit(3);
-            };
-            let mut p = Process::new(exit, ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| run.failed_as_announced(),
-    },
-    Promise {
-        name: "a child that was killed is reported by `join`",
-        program: || {
-            let be_killed = |signal: Signal| {
-                announce(&format!("was killed by {signal}"));
-                signal::raise(signal)
-            };
-            let mut p = Process::new(be_killed, Signal::SIGTERM);
-            p.start()?;
-            p.join()
-        },
-        holds: |run| run.failed_as_announced(),
-    },
-    Promise {
-        name: "a child that cannot be waited for is reported by `join`",
-        program: || {
-            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
-            // SAFETY: no handler is set.
-            unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-            let mut p = Process::new(|()| (), ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| !run.ok && run.errors.contains(" cannot be waited for: ECHILD"),
-    },
-    Promise {
-        name: "an unfinished line comes out once, after a panic as well",
-        program: || {
-            print!("parent, ");
-            let panic = |()| {
-                print!("child, ");
-                panic!("on purpose");
-            };
-            let mut p = Process::new(panic, ());
-            p.start()?;
-            let joined = p.join();
-            print!("end");
-            joined
-        },
-        holds: |run| !run.ok && run.output == "parent, child, end",
-    },
-    Promise {
-        name: "a child whose output was lost has failed",
-        program: || {
-            let lose_output = |()| {
-                announce("exited with status 1");
-                print!("unfinished");
-                break_stdout();
-            };
-            let mut p = Process::new(lose_output, ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| run.failed_as_announced(),
-    },
-    Promise {
-        name: "a process is not started when output was lost before",
-        program: || {
-            print!("unfinished");
-            break_stdout();
-            let mut p = Process::new(|()| (), ());
-            eprintln!("{}", p.start().unwrap_err());
-            p.join()
-        },
-        holds: |run| {
-            let not_started = run.errors.contains("can only join a started process");
-            !run.ok && run.errors.starts_with("stdout: ") && not_started
-        },
-    },
-    Promise {
-        name: "a process that is dropped goes on by itself",
-        program: || {
-            let outlive = |parent| {
-                while getppid() == parent {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                println!("child");
-            };
-            Process::new(outlive, getpid()).start()
-        },
-        holds: |run| run.ok && run.output == "child\n",
-    },
-    Promise {
-        name: "signals do not interrupt `join`",
-        program: || {
-            handle_sigusr1();
-            let mut p = Process::new(signal_parent, ());
-            p.start()?;
-            p.join()
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "a misuse is a panic in Python's words",
-        program: || {
-            let mut p = Process::new(|()| (), ());
-            assert!(panic::catch_unwind(AssertUnwindSafe(|| p.join())).is_err());
-            p.start()?;
-            assert!(panic::catch_unwind(AssertUnwindSafe(|| p.start())).is_err());
-            p.join()
-        },
-        holds: |run| {
-            let join = run.errors.contains("can only join a started process");
-            run.ok && join && run.errors.contains("cannot start a process twice")
-        },
-    },
-    Promise {
-        name: "a child draws numbers of its own",
-        program: || {
-            let draw = |()| println!("{}", rand::random::<u64>());
-            draw(());
-            for _ in 0..2 {
-                let mut p = Process::new(draw, ());
-                p.start()?;
-                p.join()?;
-            }
-            draw(());
-            Ok(())
-        },
-        holds: |run| {
-            let mut numbers: Vec<&str> = run.output.lines().collect();
-            numbers.sort();
-            numbers.dedup();
-            run.ok && numbers.len() == 4
-        },
-    },
-    Promise {
-        name: "`terminate` ends a child that is stopped",
-        program: || {
-            let mut p = Process::new(|()| signal::raise(Signal::SIGSTOP), ());
-            p.start()?;
-            waitpid(None, Some(WaitPidFlag::WUNTRACED))?; // until the child is stopped
-            p.terminate()?;
-            p.join()
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "`terminate` reports a child that had failed",
-        program: || {
-            let fail = |write_end: PipeWriter| {
-                mem::forget(write_end); // so it is open until the child has ended
-                announce("exited with status 1");
-                Err::<(), _>("on purpose")
-            };
-            let (mut read_end, write_end) = io::pipe()?;
-            let mut p = Process::new(fail, write_end);
-            p.start()?;
-            read_end.read_to_end(&mut Vec::new())?;
+            println!("child");
+        };
+        start(outlive, getpid())?; // which drops it
+        Ok("child\n")
+    }),
+    ("signals do not interrupt `join`", || {
+        handle_sigusr1()?;
+        let mut p = start(signal_parent, ())?;
+        p.join()?;
+        Ok("")
+    }),
+    ("a misuse is a panic in Python's words", || {
+        let mut p = Process::new(|()| (), ());
+        assert_eq!(misuse(|| p.join()), "can only join a started process");
+        p.start()?;
+        assert_eq!(misuse(|| p.start()), "cannot start a process twice");
+        p.join()?;
+        Ok("")
+    }),
+    ("each child draws new random numbers", || {
+        let draw = |q: &Queue| q.put(&rand::random::<u64>().to_string());
+        let mut numbers = vec![rand::random::<u64>().to_string()];
+        let q = Queue::new()?;
+        start(draw, &q)?;
+        start(draw, &q)?;
+        numbers.extend([q.get()?, q.get()?, rand::random::<u64>().to_string()]);
+        numbers.sort();
+        numbers.dedup();
+        assert_eq!(numbers.len(), 4);
+        Ok("")
+    }),
+    ("`terminate` ends even a child that is stopped", || {
+        let mut p = start(|()| signal::raise(Signal::SIGSTOP), ())?;
+        waitpid(None, Some(WaitPidFlag::WUNTRACED))?; // until the child is stopped
+        p.terminate()?;
+        p.join()?;
+        Ok("")
+    }),
+    ("`terminate` waits, and says how a child fails", || {
+        fn terminate(target: fn()) -> Result<(), Box<dyn Error>> {
+            let mut p = start(|target: fn()| target(), target)?;
             p.terminate()
-        },
-        holds: |run| run.failed_as_announced(),
-    },
-    Promise {
-        name: "`terminate` does nothing before the start and after the end",
-        program: || {
-            let (mut read_end, write_end) = io::pipe()?;
-            let mut p = Process::new(|write_end: PipeWriter| mem::forget(write_end), write_end);
-            p.terminate()?;
-            p.start()?;
-            read_end.read_to_end(&mut Vec::new())?;
-            p.terminate()?;
-            p.terminate()
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "a child that cannot be terminated is reported",
-        program: || {
-            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
-            // SAFETY: no handler is set.
-            unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-            let mut p = Process::new(|()| (), ());
-            p.start()?;
-            let _ = waitpid(None, None); // until the child has ended
-            p.terminate()
-        },
-        holds: |run| !run.ok && run.errors.contains(" cannot be terminated: ESRCH"),
-    },
-    Promise {
-        name: "a text comes out as it was put, in its turn",
-        program: || {
-            const TIMES: [usize; 4] = [1, 0, 50_000, 2];
-            let put = |q: &Queue| TIMES.iter().try_for_each(|&n| q.put(&"进程\n".repeat(n)));
-            let q = Queue::new()?;
-            let mut pw = Process::new(put, &q);
-            pw.start()?;
-            for n in TIMES {
-                assert!(q.get()? == "进程\n".repeat(n));
+        }
+        // SAFETY: no handler is set.
+        unsafe { signal::signal(Signal::SIGTERM, SigHandler::SigIgn) }?; // in the children as well
+        terminate(|| {
+            thread::sleep(Duration::from_millis(100));
+            println!("child");
+        })?;
+        println!("parent");
+        assert!(error(terminate(|| process::exit(3))).ends_with(" exited with status 3"));
+        let kill = || signal::raise(Signal::SIGKILL).unwrap();
+        assert!(error(terminate(kill)).ends_with(" was killed by SIGKILL"));
+        Ok("child\nparent\n")
+    }),
+    ("`terminate` does nothing when no child is left", || {
+        let mut p = Process::new(|()| process::exit(3), ());
+        p.terminate()?;
+        p.start()?;
+        error(p.join());
+        p.terminate()?;
+        // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
+        // SAFETY: no handler is set.
+        unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+        let mut unknown = start(|()| (), ())?;
+        assert_eq!(waitpid(None, None), Err(Errno::ECHILD)); // once the child has ended
+        assert!(error(unknown.terminate()).contains(" cannot be terminated: ESRCH"));
+        Ok("")
+    }),
+    ("texts come out as they were put, in turn", || {
+        let put = |q: &Queue| {
+            q.put("进程\n")?;
+            q.put("")?;
+            q.put(&"x".repeat(LONGEST))
+        };
+        let q = Queue::new()?;
+        let mut pw = start(put, &q)?;
+        assert_eq!(q.get()?, "进程\n");
+        assert_eq!(q.get()?, "");
+        assert_eq!(q.get()?, "x".repeat(LONGEST));
+        pw.join()?;
+        Ok("")
+    }),
+    ("a text that is too long is refused each time", || {
+        let put = |q: &Queue| {
+            let too_long = "x".repeat(LONGEST + 1);
+            let words = format!("a text has at most {LONGEST} bytes, not {}", LONGEST + 1);
+            assert_eq!(error(q.put(&too_long)), words);
+            assert_eq!(error(q.put(&too_long)), words);
+            q.put("A")
+        };
+        let q = Queue::new()?;
+        let mut pw = start(put, &q)?;
+        assert_eq!(q.get()?, "A");
+        pw.join()?;
+        Ok("")
+    }),
+    ("texts of several writers come whole, in turn", || {
+        fn text(writer: usize, i: usize) -> String {
+            let length = LONGEST - i % 100;
+            format!("{:x<length$}", format!("{writer} {i} "))
+        }
+        let put = |(q, writer): (&Queue, _)| (0..300).try_for_each(|i| q.put(&text(writer, i)));
+        let q = Queue::new()?;
+        let mut writers = [0, 1, 2, 3].map(|writer| Process::new(put, (&q, writer)));
+        writers.iter_mut().try_for_each(Process::start)?;
+        let mut next = [0; 4];
+        for _ in 0..4 * 300 {
+            let value = q.get()?;
+            let writer: usize = value[..1].parse()?;
+            assert_eq!(value, text(writer, next[writer]));
+            next[writer] += 1;
+        }
+        writers.iter_mut().try_for_each(Process::join)?;
+        Ok("")
+    }),
+    ("a writer that is killed leaves whole texts", || {
+        let q = Queue::new()?;
+        let mut pw = start(fill, &q)?;
+        thread::sleep(Duration::from_millis(100)); // so that the writer waits for room
+        pw.terminate()?;
+        let failure = loop {
+            match q.get() {
+                Ok(value) => assert_eq!(value, "x".repeat(LONGEST)),
+                failure => break error(failure),
             }
-            pw.join()
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "a thousand requests can be put before the replies are taken",
-        program: || {
-            let answer = |(requests, replies): (&Queue, &Queue)| {
-                (0..1_000).try_for_each(|_| replies.put(&requests.get()?))
-            };
-            let (requests, replies) = (Queue::new()?, Queue::new()?);
-            let mut p = Process::new(answer, (&requests, &replies));
-            p.start()?;
-            for i in 0..1_000 {
-                requests.put(&i.to_string())?;
-            }
-            for i in 0..1_000 {
-                assert_eq!(replies.get()?, i.to_string());
-            }
-            p.join()
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "a child that has put 2,000 texts can be joined before they are taken",
-        program: || {
-            let put = |q: &Queue| (0..2_000).try_for_each(|i| q.put(&i.to_string()));
-            let q = Queue::new()?;
-            let mut pw = Process::new(put, &q);
-            pw.start()?;
-            pw.join()?;
-            for i in 0..2_000 {
-                assert_eq!(q.get()?, i.to_string());
-            }
-            Ok(())
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "texts that fit into `PIPE_BUF` can be put by several writers at once",
-        program: || {
-            fn text(writer: usize, i: usize) -> String {
-                let length = libc::PIPE_BUF - size_of::<usize>() - i % 100;
-                format!("{:x<length$}", format!("{writer} {i} "))
-            }
-            let put =
-                |(q, writer): (&Queue, usize)| (0..300).try_for_each(|i| q.put(&text(writer, i)));
-            let q = Queue::new()?;
-            let mut writers = [0, 1, 2, 3].map(|writer| Process::new(put, (&q, writer)));
-            for pw in &mut writers {
-                pw.start()?;
-            }
-            let mut next = [0; 4];
-            for _ in 0..4 * 300 {
-                let value = q.get()?;
-                let writer: usize = value[..1].parse()?;
-                assert_eq!(value, text(writer, next[writer]));
-                next[writer] += 1;
-            }
-            writers.iter_mut().try_for_each(Process::join)
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "`join` waits until a slow reader has printed all",
-        program: || {
-            let read = |q: &Queue| -> Result<(), Box<dyn Error>> {
-                loop {
-                    let value = q.get()?;
-                    thread::sleep(Duration::from_millis(50));
-                    print!("{value} ");
-                }
-            };
-            let q = Queue::new()?;
-            let mut pr = Process::new(read, &q);
-            pr.start()?;
-            for value in ["A", "B", "C"] {
-                q.put(value)?;
-            }
-            q.join()?;
-            pr.terminate()
-        },
-        holds: |run| run.ok && run.output == "A B C ",
-    },
-    Promise {
-        name: "`put` and `join` fail each time when the reader has ended",
-        program: || {
-            let q = Queue::new()?;
-            let mut pr = Process::new(|q: &Queue| q.get().map(drop), &q);
-            pr.start()?;
+        };
+        assert_eq!(failure, NO_WRITER);
+        Ok("")
+    }),
+    ("a thousand requests go before the replies", || {
+        let answer = |(requests, replies): (&Queue, &Queue)| {
+            (0..1_000).try_for_each(|_| replies.put(&requests.get()?))
+        };
+        let (requests, replies) = (Queue::new()?, Queue::new()?);
+        let mut p = start(answer, (&requests, &replies))?;
+        for i in 0..1_000 {
+            requests.put(&i.to_string())?;
+        }
+        for i in 0..1_000 {
+            assert_eq!(replies.get()?, i.to_string());
+        }
+        p.join()?;
+        Ok("")
+    }),
+    ("a writer of 2,000 texts can be joined first", || {
+        let put = |q: &Queue| (0..2_000).try_for_each(|i| q.put(&i.to_string()));
+        let q = Queue::new()?;
+        let mut pw = start(put, &q)?;
+        pw.join()?;
+        for i in 0..2_000 {
+            assert_eq!(q.get()?, i.to_string());
+        }
+        Ok("")
+    }),
+    ("`q.join` waits until the reader has printed all", || {
+        let q = Queue::new()?;
+        let mut pr = start(read_slowly, &q)?;
+        for _ in 0..3 {
             q.put("A")?;
-            pr.join()?;
-            println!("{}", q.put("B").unwrap_err());
-            println!("{}", q.put("C").unwrap_err());
-            println!("{}", q.join().unwrap_err());
-            Ok(())
-        },
-        holds: |run| run.ok && run.output == "the reader of the queue has ended\n".repeat(3),
-    },
-    Promise {
-        name: "`join` fails when the reader ends meanwhile",
-        program: || {
+            q.put("B")?;
+            q.join()?;
+            println!("joined");
+        }
+        pr.terminate()?;
+        Ok("A B joined\nA B joined\nA B joined\n")
+    }),
+    ("`q.join` waits for its own answer", || {
+        let read = |(q, mut gate): (&Queue, &PipeReader)| {
+            gate.read_exact(&mut [0])?;
+            read_slowly(q)
+        };
+        let q = Queue::new()?;
+        let (gate, mut opens_gate) = io::pipe()?;
+        let mut pr = start(read, (&q, &gate))?;
+        let mut joins = start(Queue::join, &q)?;
+        q.put("A")?;
+        thread::sleep(Duration::from_millis(100)); // so that the other process waits for an answer
+        joins.terminate()?;
+        opens_gate.write_all(&[0])?;
+        q.put("B")?;
+        q.join()?;
+        println!("joined");
+        pr.terminate()?;
+        Ok("A B joined\n")
+    }),
+    ("a writer may be killed in `q.join`", || {
+        let write = |q: &Queue| q.put("A").and_then(|()| q.join());
+        let q = Queue::new()?;
+        let mut pw = start(write, &q)?;
+        assert_eq!(q.get()?, "A");
+        thread::sleep(Duration::from_millis(100)); // so that the writer waits for the answer
+        pw.terminate()?;
+        assert_eq!(error(q.get()), NO_WRITER);
+        Ok("")
+    }),
+    ("`put` and `q.join` fail when no reader is left", || {
+        let q = Queue::new()?;
+        let mut pr = start(|q: &Queue| q.get().map(drop), &q)?;
+        q.put("A")?;
+        pr.join()?;
+        assert_eq!(error(q.put("B")), NO_READER);
+        assert_eq!(error(q.put("C")), NO_READER);
+        assert_eq!(error(q.join()), NO_READER);
+        Ok("")
+    }),
+    (
+        "`put` and `q.join` fail when the reader ends meanwhile",
+        || {
+            let end = |_: &Queue| thread::sleep(Duration::from_millis(200));
             let q = Queue::new()?;
-            let end = |_: &Queue| thread::sleep(Duration::from_millis(100));
-            let mut pr = Process::new(end, &q);
-            pr.start()?;
-            q.join()
+            start(end, &q)?;
+            start(fill, &q)?;
+            let mut joins = start(|q: &Queue| assert_eq!(error(q.join()), NO_READER), &q)?;
+            thread::sleep(Duration::from_millis(100)); // so that the pipe is full
+            assert_eq!(error(q.put(&"x".repeat(LONGEST))), NO_READER);
+            joins.join()?;
+            Ok("")
         },
-        holds: |run| !run.ok && run.errors == "Error: \"the reader of the queue has ended\"\n",
-    },
-    Promise {
-        name: "`get` fails when all writers have ended",
-        program: || {
-            let q = Queue::new()?;
-            let mut pw = Process::new(|q: &Queue| q.put("A"), &q);
-            pw.start()?;
-            println!("{}", q.get()?);
-            q.get().map(drop)
-        },
-        holds: |run| {
-            let error = "Error: \"all writers of the queue have ended\"\n";
-            !run.ok && run.output == "A\n" && run.errors == error
-        },
-    },
-    Promise {
-        name: "`get` fails when the writer was killed in the middle of a text",
-        program: || {
-            let q = Queue::new()?;
-            let mut pw = Process::new(|q: &Queue| q.put(&"x".repeat(300_000)), &q);
-            pw.start()?;
-            thread::sleep(Duration::from_millis(100)); // by now it waits for room
-            pw.terminate()?;
-            q.get().map(drop)
-        },
-        holds: |run| !run.ok && run.errors == "Error: \"all writers of the queue have ended\"\n",
-    },
-    Promise {
-        name: "a text that is not UTF-8, as it was mixed, is an error",
-        program: || {
-            // The second writer's length, whose bytes are not UTF-8, is read as a part of the text
-            // that the first writer has not finished.
-            let put = |q: &Queue| q.put(&"x".repeat(300_000));
-            loop {
-                let q = Queue::new()?;
-                let mut first = Process::new(put, &q);
-                first.start()?;
-                thread::sleep(Duration::from_millis(50)); // by now it waits for room
-                first.terminate()?;
-                Process::new(put, &q).start()?;
-                q.get()?; // it is no error if the first writer had not begun
+    ),
+    ("`get` fails when no writer is left", || {
+        let q = Queue::new()?;
+        let mut pw = start(|q: &Queue| q.put("A"), &q)?;
+        assert_eq!(q.get()?, "A");
+        assert_eq!(error(q.get()), NO_WRITER);
+        pw.join()?;
+        Ok("")
+    }),
+    ("a process is on one side of a queue", || {
+        const OTHER_SIDE: &str = "this process is on the other side of the queue";
+        let write = |q: &Queue| {
+            q.put("A")?;
+            assert_eq!(error(q.get()), OTHER_SIDE);
+            q.put("B")
+        };
+        let q = Queue::new()?;
+        let mut pw = start(write, &q)?;
+        assert_eq!(q.get()?, "A");
+        assert_eq!(error(q.put("C")), OTHER_SIDE);
+        assert_eq!(error(q.join()), OTHER_SIDE);
+        assert_eq!(q.get()?, "B");
+        pw.join()?;
+        Ok("")
+    }),
+    ("signals do not interrupt a queue", || {
+        let read = |q: &Queue| {
+            signal_parent(()); // which waits for room
+            for _ in 0..100 {
+                q.get()?;
             }
-        },
-        holds: |run| !run.ok && run.errors.contains("Error: \"invalid utf-8 sequence"),
-    },
-    Promise {
-        name: "a process that was killed in `join` leaves its texts to be read",
-        program: || {
-            let write = |q: &Queue| -> Result<(), Box<dyn Error>> {
-                q.put("A")?;
-                let mut p = Process::new(|q: &Queue| q.join(), q);
-                p.start()?;
-                thread::sleep(Duration::from_millis(100)); // by now it waits for the answer
-                p.terminate()?;
-                q.put("B")
-            };
-            let q = Queue::new()?;
-            let mut pw = Process::new(write, &q);
-            pw.start()?;
-            pw.join()?;
-            println!("{} {}", q.get()?, q.get()?);
-            Ok(())
-        },
-        holds: |run| run.ok && run.output == "A B\n",
-    },
-    Promise {
-        name: "a process is on one side of a queue",
-        program: || {
-            let q = Queue::new()?;
-            let write = |q: &Queue| -> Result<(), Box<dyn Error>> {
-                q.put("A")?;
-                println!("{}", q.get().unwrap_err());
-                q.put("B")
-            };
-            let mut pw = Process::new(write, &q);
-            pw.start()?;
-            q.get()?;
-            pw.join()?;
-            println!("{}", q.put("C").unwrap_err());
-            println!("{}", q.join().unwrap_err());
+            signal_parent(()); // which waits for the answer
             q.get().map(drop)
-        },
-        holds: |run| {
-            run.ok && run.output == "this process is on the other side of the queue\n".repeat(3)
-        },
-    },
-    Promise {
-        name: "signals do not interrupt `get`",
-        program: || {
-            handle_sigusr1();
-            let write = |q: &Queue| {
-                signal_parent(());
-                q.put("A")
-            };
-            let q = Queue::new()?;
-            let mut pw = Process::new(write, &q);
-            pw.start()?;
-            println!("{}", q.get()?);
-            pw.join()
-        },
-        holds: |run| run.ok && run.output == "A\n",
-    },
-    Promise {
-        name: "the writer and then the reader end when the parent was killed",
-        program: || {
+        };
+        let write = |q: &Queue| {
+            signal_parent(()); // which waits for a text
+            q.put("A")
+        };
+        handle_sigusr1()?;
+        let (first, second) = (Queue::new()?, Queue::new()?);
+        let mut pr = start(read, &first)?;
+        for _ in 0..100 {
+            first.put(&"x".repeat(LONGEST))?;
+        }
+        first.join()?;
+        pr.terminate()?;
+        let mut pw = start(write, &second)?;
+        assert_eq!(second.get()?, "A");
+        pw.join()?;
+        Ok("")
+    }),
+    ("all end when the parent was killed", || {
+        let be_killed = || -> Result<(), Box<dyn Error>> {
             let write = |(q, parent): (&Queue, Pid)| {
                 while getppid() == parent {
                     thread::sleep(Duration::from_millis(1));
@@ -529,79 +396,106 @@ const PROMISES: &[Promise] = &[
                 q.put("A")
             };
             let read = |q: &Queue| -> Result<(), Box<dyn Error>> {
+                replace(libc::STDERR_FILENO, &io::stdout());
                 loop {
                     println!("{}", q.get()?);
                 }
             };
             let q = Queue::new()?;
-            Process::new(write, (&q, getpid())).start()?;
-            Process::new(read, &q).start()?;
+            start(write, (&q, getpid()))?;
+            start(read, &q)?;
             signal::raise(Signal::SIGKILL)?;
             Ok(())
-        },
-        holds: |run| {
-            let error = "Error: \"all writers of the queue have ended\"\n";
-            !run.ok && run.output == "A\n" && run.errors == error
-        },
-    },
-    Promise {
-        name: "an error says that there is no room for a pipe",
-        program: || {
-            // Each pipe takes two descriptors, the first of which is the lowest that is free.
-            let free = File::open("/dev/null")?.as_raw_fd();
-            for room in [2, 0] {
-                let limit = (free + room).try_into()?;
-                let limits = libc::rlimit {
-                    rlim_cur: limit,
-                    rlim_max: limit,
-                };
-                // SAFETY: `setrlimit` reads `limits`, and no more.
-                unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limits) };
-                println!("{}", Queue::new().err().unwrap());
-            }
-            Ok(())
-        },
-        holds: |run| run.ok && run.output.matches("pipe: ").count() == 2,
-    },
-    Promise {
-        name: "a reader whose output was lost does not answer `join`",
-        program: || {
-            let read = |q: &Queue| {
-                print!("unfinished");
-                break_stdout();
-                q.get().map(drop)
-            };
-            let q = Queue::new()?;
-            Process::new(read, &q).start()?;
-            q.join()
-        },
-        holds: |run| {
-            let error = "Error: \"the reader of the queue has ended\"\n";
-            !run.ok && run.errors.starts_with("Error: \"stdout: ") && run.errors.ends_with(error)
-        },
-    },
+        };
+        assert_eq!(failure(be_killed), "was killed by SIGKILL");
+        Ok("A\nError: \"no writer of the queue is left\"\n")
+    }),
+    ("a reader whose output is lost does not answer", || {
+        let read = |q: &Queue| {
+            replace(libc::STDERR_FILENO, &io::stdout());
+            lose_output();
+            q.get().map(drop)
+        };
+        let q = Queue::new()?;
+        let mut pr = start(read, &q)?;
+        assert_eq!(error(q.join()), NO_READER);
+        assert!(error(pr.join()).ends_with(" exited with status 1"));
+        Ok("Error: \"stdout: Broken pipe (os error 32)\"\n")
+    }),
+    ("a queue needs room for two pipes", || {
+        // Each pipe takes two descriptors, the first of which is the lowest that is free.
+        let free = File::open("/dev/null")?.as_raw_fd();
+        for room in [2, 0] {
+            let limit = (free + room).try_into()?;
+            setrlimit(Resource::RLIMIT_NOFILE, limit, limit)?;
+            assert!(error(Queue::new()).starts_with("pipe: "));
+        }
+        Ok("")
+    }),
 ];
 
-impl Run {
-    /// Whether the program failed with the error that one of its processes had announced.
-    fn failed_as_announced(&self) -> bool {
-        let error = format!("Error: \"{}\"\n", self.output.trim_end());
-        !self.ok && self.errors.ends_with(&error)
+fn start<A, R: Termination>(target: fn(A) -> R, args: A) -> Result<Process<A, R>, Box<dyn Error>> {
+    let mut p = Process::new(target, args);
+    p.start()?;
+    Ok(p)
+}
+
+/// Runs `target` in a child, which must fail. Returns what `join` says after the child's id.
+#[track_caller]
+fn failure<R: Termination>(target: fn() -> R) -> String {
+    let run = |(target, mut id): (fn() -> R, PipeWriter)| {
+        write!(id, "process {} ", getpid()).unwrap();
+        drop(id);
+        target()
+    };
+    let (read_end, write_end) = io::pipe().unwrap();
+    let error = error(start(run, (target, write_end)).unwrap().join());
+    let child = io::read_to_string(read_end).unwrap();
+    error.strip_prefix(&child).expect(&error).to_string()
+}
+
+#[track_caller]
+fn error<T>(result: Result<T, Box<dyn Error>>) -> String {
+    result.err().expect("no error").to_string()
+}
+
+/// Returns the words of the panic in `call`.
+#[track_caller]
+fn misuse<T>(call: impl FnOnce() -> T) -> &'static str {
+    let ended = panic::catch_unwind(AssertUnwindSafe(call));
+    let payload = ended.err().expect("no panic");
+    payload.downcast_ref::<&str>().expect("no words")
+}
+
+/// Leaves an unfinished line that cannot be flushed, since nobody reads it.
+fn lose_output() {
+    print!("unfinished");
+    let (_, without_reader) = io::pipe().unwrap();
+    replace(libc::STDOUT_FILENO, &without_reader);
+}
+
+/// Lays `file` over the descriptor `fd`.
+#[track_caller]
+fn replace(fd: RawFd, file: &impl AsRawFd) {
+    // SAFETY: std uses stdout and stderr by their numbers alone.
+    assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), fd) }, fd);
+}
+
+struct PrintsWhenDropped;
+
+impl Drop for PrintsWhenDropped {
+    fn drop(&mut self) {
+        println!("dropped");
     }
 }
 
-/// Prints how this process is going to fail, in the words in which `join` is to report it.
-fn announce(failure: &str) {
-    println!("process {} {failure}", getpid());
-}
-
 /// Handles SIGUSR1, without the flag that resumes what the signal interrupts.
-fn handle_sigusr1() {
+fn handle_sigusr1() -> nix::Result<SigAction> {
     extern "C" fn do_nothing(_: i32) {}
     let handler = SigHandler::Handler(do_nothing);
     let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler does nothing.
-    unsafe { signal::sigaction(Signal::SIGUSR1, &action) }.unwrap();
+    unsafe { signal::sigaction(Signal::SIGUSR1, &action) }
 }
 
 fn signal_parent((): ()) {
@@ -611,90 +505,63 @@ fn signal_parent((): ()) {
     }
 }
 
-/// Replaces standard output by a pipe that nobody reads.
-fn break_stdout() {
-    let (_, write_end) = io::pipe().unwrap();
-    // SAFETY: std uses standard output by its number alone.
-    unsafe { libc::dup2(write_end.as_raw_fd(), libc::STDOUT_FILENO) };
+/// Puts texts of the greatest length until no reader is left.
+fn fill(q: &Queue) {
+    while q.put(&"x".repeat(LONGEST)).is_ok() {}
 }
 
-/// Something that must not be dropped.
-struct PanicsWhenDropped;
-
-impl Drop for PanicsWhenDropped {
-    fn drop(&mut self) {
-        panic!("dropped");
+fn read_slowly(q: &Queue) -> Result<(), Box<dyn Error>> {
+    loop {
+        let value = q.get()?;
+        thread::sleep(Duration::from_millis(20));
+        print!("{value} ");
     }
 }
 
-struct PrintsWhenDropped;
-
-impl Drop for PrintsWhenDropped {
-    fn drop(&mut self) {
-        eprintln!("dropped");
-    }
-}
-
-/// Runs the promises whose names contain one of the arguments, or all if there are none.
+/// Runs the promises whose names contain one of the words, or all if there are none.
 ///
 /// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
 fn main() -> Result<(), Box<dyn Error>> {
-    let (mut flags, mut words, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
-            "--skip" => skipped.extend(args.next()),
-            "--color" | "--format" | "--test-threads" => drop(args.next()), // a value is no name
-            flag if flag.starts_with('-') => flags.push(arg),
+            "--program" => return program(&args.next().unwrap_or_default()),
+            "--list" => list = true,
+            "--skip" => skip.extend(args.next()),
+            "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
+            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // a value, no word
+            flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }
     }
-    let flagged = |flag: &str| flags.iter().any(|f| f == flag);
-    let mut chosen: Vec<&Promise> = PROMISES.iter().collect();
-    if flagged("--exact") && !words.is_empty() {
-        chosen = words
-            .iter()
-            .map(|name| named(name))
-            .collect::<Result<_, _>>()?;
-    } else if !words.is_empty() {
-        chosen.retain(|promise| words.iter().any(|word| promise.name.contains(word)));
-    }
-    chosen.retain(|promise| !skipped.iter().any(|word| promise.name.contains(word)));
-
-    if flagged("--ignored") {
-        chosen.clear(); // none is
-    }
-    if flagged("--list") {
-        for promise in &chosen {
-            println!("{}: test", promise.name);
-        }
-        return Ok(());
-    }
-    let mut broken = 0;
-    for promise in &chosen {
-        let ended = run(promise.name);
-        if ended.as_ref().is_ok_and(promise.holds) {
-            println!("test {} ... ok", promise.name);
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for (name, _) in PROMISES {
+        let contains = |word: &String| name.contains(word.as_str());
+        let chosen = words.is_empty() || words.iter().any(contains);
+        if !chosen || skip.iter().any(contains) {
+            skipped += 1;
+        } else if list {
+            println!("{name}: test");
+        } else if let Err(error) = run(name) {
+            println!("test {name} ... FAILED: {error}");
+            failed += 1;
         } else {
-            println!("test {} ... FAILED: {ended:#?}", promise.name);
-            broken += 1;
+            println!("test {name} ... ok");
+            passed += 1;
         }
     }
-    println!("{} passed, {broken} failed", chosen.len() - broken);
-    if broken > 0 {
+    if !list {
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+    }
+    if failed > 0 {
         return Err("not all promises hold".into());
     }
     Ok(())
 }
 
-fn named(name: &str) -> Result<&'static Promise, Box<dyn Error>> {
-    let promise = PROMISES.iter().find(|p| p.name == name);
-    promise.ok_or_else(|| format!("there is no promise named '{name}'").into())
-}
-
 /// Runs the program of a promise until all its processes have ended, for ten seconds at most.
-fn run(name: &str) -> Result<Run, Box<dyn Error>> {
+fn run(name: &str) -> Result<(), Box<dyn Error>> {
     let program = Command::new(env::current_exe()?)
         .args(["--program", name])
         .env("RUST_BACKTRACE", "0")
@@ -704,16 +571,35 @@ fn run(name: &str) -> Result<Run, Box<dyn Error>> {
         .spawn()?;
     let group = Pid::from_raw(program.id().try_into()?);
     let (sender, receiver) = mpsc::channel();
-    // All processes of the program hold the pipes, and so the output ends when none is left.
+    // All processes of the program hold the pipes, so the output ends when none is left.
     thread::spawn(move || sender.send(program.wait_with_output()));
-    let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) else {
+    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) {
+        ("", ended?)
+    } else {
         signal::killpg(group, Signal::SIGKILL)?;
-        return Err("not over after ten seconds".into());
+        (", killed after ten seconds", receiver.recv()??)
     };
-    let ended = ended?;
-    Ok(Run {
-        ok: ended.status.success(),
-        output: String::from_utf8_lossy(&ended.stdout).into(),
-        errors: String::from_utf8_lossy(&ended.stderr).into(),
-    })
+    let output = String::from_utf8_lossy(&ended.stdout);
+    let errors = String::from_utf8_lossy(&ended.stderr);
+    let as_promised = errors.contains(&format!("must print {output:?}\n"));
+    if as_promised && ended.status.success() && late.is_empty() {
+        return Ok(());
+    }
+    Err(format!("{}{late}, printed {output:?}\n{errors}", ended.status).into())
+}
+
+/// Runs the program of a promise in this process, and writes to stderr what it must have printed.
+fn program(name: &str) -> Result<(), Box<dyn Error>> {
+    // Ends this process and each that it forks, even when nobody is left to do so.
+    extern "C" fn end_in_time() {
+        alarm::set(20);
+    }
+    end_in_time();
+    // SAFETY: the handler sets an alarm, and no more.
+    unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
+    let promise = PROMISES.iter().find(|promise| promise.0 == name);
+    let (_, program) = promise.ok_or("there is no such promise")?;
+    let line = format!("must print {:?}\n", program()?);
+    eprint!("{line}"); // in one piece, since other processes may print errors at the same time
+    Ok(())
 }

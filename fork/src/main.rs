@@ -12,7 +12,7 @@ use nix::unistd::{ForkResult, fork, getpid, getppid};
 fn main() -> Result<(), Box<dyn Error>> {
     println!("Process ({}) start...", getpid());
     io::stdout().flush()?; // otherwise the child prints what is still buffered as well
-    // SAFETY: with a single thread, the child is not limited to async-signal-safe functions.
+    // SAFETY: this process has one thread, so its child may call any function.
     // Only works on Unix/Linux/Mac:
     match unsafe { fork() }? {
         ForkResult::Child => println!(

@@ -6,7 +6,9 @@ use std::process::Command;
 #[test]
 fn parent_and_child_know_each_other() {
     for _ in 0..200 {
-        let run = Command::new(env!("CARGO_BIN_EXE_fork")).output().unwrap();
+        let run = Command::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))))
+            .output()
+            .unwrap();
         assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
         let output = String::from_utf8(run.stdout).unwrap();
         let lines: Vec<&str> = output.lines().collect();

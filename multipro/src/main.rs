@@ -54,45 +54,40 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which calls the target and ends. An error or a panic is printed to
-        /// stderr, and shows as exit status 1, like each `ExitCode` but `SUCCESS`. `start` fails if
-        /// stdout cannot be flushed or no process can be made, and panics if the process was
-        /// started before.
+        /// Starts the child, which calls the target and ends. If the target returns an error or
+        /// panics, that is printed to stderr, and the child's exit status is 1; so it is for each
+        /// `ExitCode` but `SUCCESS`. `start` fails if stdout cannot be flushed or no process can be
+        /// made, and panics if the process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the child for ever. (Strictly an
-        /// `unsafe fn`; it is not one, so that `p.start()?` reads like Python.) If the target uses
-        /// the crate rand, it must first call `rand::rng().reseed()`; otherwise it may draw the
-        /// same numbers as its parent.
+        /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
+        /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.) A target that uses
+        /// the crate rand draws its parent's next numbers, the same in each child, unless it first
+        /// calls `rand::rng().reseed()`.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise the child prints what is still buffered as well.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-            // SAFETY: the caller sees to it that this process has one thread, so the child is not
-            // limited to async-signal-safe functions.
+            // SAFETY: the caller has one thread, so the child may call any function.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
-                    let run = || {
-                        let status = self.args.take().map(self.target).map(R::report);
-                        status == Some(ExitCode::SUCCESS)
-                    };
-                    // Never dropped before `_exit`: a panic's payload may panic again in its drop.
+                    // `report` prints an error, as it does for `main`.
+                    let run = || self.args.take().map(self.target).map(R::report);
+                    // `ended` is not dropped: a panic's payload may panic again in its drop.
                     let ended = panic::catch_unwind(AssertUnwindSafe(run));
-                    let ok = matches!(ended, Ok(true));
+                    let ok = matches!(ended, Ok(Some(ExitCode::SUCCESS)));
                     let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
-                    // SAFETY: `_exit` can always be called; unlike `exit`, it skips exit handlers.
+                    // SAFETY: `_exit` can always be called; it skips the exit handlers.
                     unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
                 }
-                ForkResult::Parent { child } => {
-                    self.pid = Some(child);
-                    self.args = None;
-                }
+                ForkResult::Parent { child } => self.pid = Some(child),
             }
+            self.args = None;
             Ok(())
         }
 
-        /// Waits for the child to end, unless it has been waited for already. Fails unless the
-        /// child's exit status is 0. Panics if the process was never started.
+        /// Waits for the child to end; does nothing the second time. Fails unless the child's exit
+        /// status is 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
             let Some(pid) = self.pid.take() else {

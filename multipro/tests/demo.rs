@@ -6,7 +6,7 @@ use std::process::Command;
 #[test]
 fn the_child_prints_between_start_and_end() {
     for _ in 0..20 {
-        let run = Command::new(env!("CARGO_BIN_EXE_multipro"))
+        let run = Command::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))))
             .output()
             .unwrap();
         assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");

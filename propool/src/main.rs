@@ -45,13 +45,14 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
-    /// Worker processes that read tasks from one pipe; whichever is free takes the next.
+    /// Worker processes that read tasks from one pipe; whichever is free takes the next. Only the
+    /// process that made a pool may use it.
     ///
     /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
-    /// do the queued tasks and end. When the parent has ended, each worker ends after the task that
-    /// it is in or waits for, and queued tasks are lost. A worker that waits for a task ends once
-    /// no process holds the write end of the pipe; each process that was forked after the pool
-    /// holds it.
+    /// do the queued tasks and end, as long as the parent lives. Once the parent has ended, a
+    /// worker ends after its task, and the tasks that are still queued are lost. A process that was
+    /// forked after the pool holds the pipe's write end too, so an idle worker of a dropped pool
+    /// lives until that process ends.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -64,13 +65,18 @@ pub mod multiprocessing {
     /// since all have one length and the kernel lets one process at a time read from a pipe.
     type Task = [[u8; size_of::<usize>()]; 2];
 
+    /// The exit status of a worker that was told to stop, had no task that panicked, and has
+    /// flushed its output. It is not 0, since a task may call `exit(0)` or `exec` another program,
+    /// and no common program ends with it.
+    const DONE: i32 = 118;
+
     impl Pool {
         /// Makes a pool of `processes` workers. Fails if `processes` is 0, if stdout cannot be
-        /// flushed, or if no pipe or process can be made.
+        /// flushed, or if the pipe or one of the processes cannot be made; then no worker is left.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the workers for ever. (Strictly an
-        /// `unsafe fn`; it is not one, so that `Pool::new(4)?` reads like Python.)
+        /// so a lock that another thread holds stays locked in the workers for ever. (It ought to
+        /// be an `unsafe fn`; it is not, so that `Pool::new(4)?` reads like Python.)
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
@@ -84,28 +90,33 @@ pub mod multiprocessing {
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             let parent = getpid();
             for _ in 0..processes {
-                // SAFETY: the caller sees to it that this process has one thread, so the worker is
-                // not limited to async-signal-safe functions.
-                match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
-                    ForkResult::Child => {
+                // SAFETY: the caller has one thread, so the worker may call any function.
+                match unsafe { fork() } {
+                    Ok(ForkResult::Child) => {
                         // As long as a worker held the write end, it would never see end-of-file.
                         pool.tasks = None;
+                        // The worker never leaves this arm, so it can have `read_end` for itself.
                         let ended = panic::catch_unwind(|| work(read_end, parent));
                         let ok = matches!(ended, Ok(true));
                         let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
-                        // SAFETY: `_exit` can always be called; unlike `exit`, it skips exit
-                        // handlers.
-                        unsafe { _exit(if ok && flushed { 0 } else { 1 }) }
+                        // SAFETY: `_exit` can always be called; it skips the exit handlers.
+                        unsafe { _exit(if ok && flushed { DONE } else { 1 }) }
                     }
-                    ForkResult::Parent { child } => pool.workers.push(child),
+                    Ok(ForkResult::Parent { child }) => pool.workers.push(child),
+                    Err(e) => {
+                        drop(read_end); // as long as the parent held it, no write would fail
+                        pool.close();
+                        let _ = pool.join(); // the workers had no task, and `e` is why they end
+                        return Err(format!("fork: {e}").into());
+                    }
                 }
             }
             Ok(pool) // `read_end` closes: as long as the parent held it, no write would fail
         }
 
         /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on
-        /// most systems at 4,096 tasks. Fails after `close`, and if no worker is left, nor a
-        /// process that a task has forked.
+        /// most systems at 4,096 tasks. Fails after `close`, and once all workers, and whatever
+        /// their tasks have forked, have ended.
         ///
         /// `func` must be in the program, or in a library that was loaded before the pool was made.
         pub fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Box<dyn Error>> {
@@ -128,15 +139,15 @@ pub mod multiprocessing {
             }
         }
 
-        /// Waits for all workers to end. Fails before `close`. Fails if a worker's exit status is
-        /// not 0, and names each such worker: 0 means that it was told to stop and that none of its
-        /// tasks panicked. (A task that calls `exit(0)` gives its worker the same status.)
+        /// Waits for all workers to end; does nothing the second time. Fails before `close`. Fails
+        /// if a task panicked, or if a worker was killed, ended before it was told to stop, could
+        /// not flush stdout or cannot be waited for; the error says how each such worker ended. (A
+        /// task that exits with status 118 is not noticed.)
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
             }
-            let results = self.workers.drain(..).map(wait);
-            let failures: Vec<String> = results.filter_map(Result::err).collect();
+            let failures: Vec<String> = self.workers.drain(..).filter_map(wait).collect();
             if failures.is_empty() {
                 return Ok(());
             }
@@ -161,25 +172,24 @@ pub mod multiprocessing {
             // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and the caller of that sees
             // to it that the function was there when this worker was forked.
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
-            if let Err(payload) = panic::catch_unwind(|| func(arg)) {
-                ok = false;
-                mem::forget(payload); // since its drop may panic again
-            }
+            let ended = panic::catch_unwind(|| func(arg));
+            ok &= ended.is_ok();
+            mem::forget(ended); // since a panic's payload may panic again in its drop
         }
         false
     }
 
-    /// Waits for `worker` to end. Fails unless its exit status is 0.
-    fn wait(worker: Pid) -> Result<(), String> {
+    /// Waits for `worker` to end. Returns how it failed, unless its exit status is `DONE`.
+    fn wait(worker: Pid) -> Option<String> {
         loop {
             let failure = match waitpid(worker, None) {
-                Ok(WaitStatus::Exited(_, 0)) => return Ok(()),
+                Ok(WaitStatus::Exited(_, DONE)) => return None,
                 Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
                 Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
                 Ok(_) | Err(Errno::EINTR) => continue, // the worker has not ended yet
                 Err(e) => format!("cannot be waited for: {e}"),
             };
-            return Err(format!("worker {worker} {failure}"));
+            return Some(format!("worker {worker} {failure}"));
         }
     }
 }

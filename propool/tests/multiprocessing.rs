@@ -1,26 +1,28 @@
-//! What `mod multiprocessing` promises: a table of small programs, and what each must print.
+//! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
+//! and returns what it must print, with all its processes.
 //!
 //! A program runs in a process of its own, which has a single thread, as the module requires. So
-//! there is no `#[test]` here, but a `main` that runs the table (`harness = false` in Cargo.toml).
+//! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
+//! Cargo.toml).
 //!
-//! To add a promise, copy one: `announce` prints the error that `join` is to report, and
-//! `failed_as_announced` compares the two. `cargo test -- 'a worker'` runs the promises with these
-//! words in their names.
+//! To add a promise, copy one. No name may be a part of another's.
 
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
-use std::os::fd::AsRawFd;
-use std::os::unix::process::CommandExt;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::process::{CommandExt, parent_id};
 use std::process::{self, Command, Stdio};
 use std::sync::{LazyLock, mpsc};
 use std::time::Duration;
 use std::{env, panic, thread};
 
+use nix::errno::Errno;
 use nix::libc;
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
-use nix::sys::wait::{WaitStatus, wait};
-use nix::unistd::{Pid, fork, getpid, getppid};
+use nix::sys::wait::{WaitStatus, wait, waitpid};
+use nix::unistd::{ForkResult, Pid, alarm, fork, getppid};
 
 use demo::multiprocessing::Pool;
 
@@ -29,434 +31,396 @@ use demo::multiprocessing::Pool;
 #[allow(dead_code)]
 mod demo;
 
-struct Promise {
-    name: &'static str,
-    program: fn() -> Result<(), Box<dyn Error>>,
-    holds: fn(&Run) -> bool,
-}
+type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-/// How a program has ended.
-#[derive(Debug)]
-struct Run {
-    ok: bool, // whether its exit status was 0
-    output: String,
-    errors: String,
-}
-
-const PROMISES: &[Promise] = &[
-    Promise {
-        name: "each task is done once, however many are queued",
-        program: || {
-            let mut p = Pool::new(4)?;
-            for i in 0..20_000 {
-                p.apply_async(|i| println!("{i}"), i)?;
+const PROMISES: &[(&str, Program)] = &[
+    ("each task is done once, however many there are", || {
+        let mut p = Pool::new(4)?;
+        let mut done = Vec::new();
+        for i in 0..20_000 {
+            p.apply_async(|i| send(&RESULTS, i), i)?;
+            if i >= 1_000 {
+                done.push(receive(&RESULTS)); // otherwise the results fill their pipe
             }
-            p.close();
-            p.join()
-        },
-        holds: |run| {
-            let mut done: Vec<usize> = run.output.lines().flat_map(str::parse).collect();
-            done.sort();
-            run.ok && done.into_iter().eq(0..20_000)
-        },
-    },
-    Promise {
-        name: "a worker that is free takes the next task",
-        program: || {
-            LazyLock::force(&GATE); // before the fork, so that all have the same pipe
-            let mut p = Pool::new(2)?;
-            p.apply_async(|_| (&GATE.0).read_exact(&mut [0]).unwrap(), 0)?;
-            for i in 1..10 {
-                p.apply_async(|i| println!("{i}"), i)?;
-            }
-            p.apply_async(|_| (&GATE.1).write_all(&[0]).unwrap(), 0)?;
-            p.close();
-            p.join()
-        },
-        holds: |run| run.ok && run.output == "1\n2\n3\n4\n5\n6\n7\n8\n9\n",
-    },
-    Promise {
-        name: "each worker that failed is named, and the others do the rest",
-        program: || {
-            let mut p = Pool::new(4)?;
+        }
+        p.close();
+        p.join()?;
+        done.extend([(); 1_000].map(|()| receive(&RESULTS)));
+        done.sort_unstable();
+        assert!(done.into_iter().eq(0..20_000));
+        send(&RESULTS, usize::MAX);
+        assert_eq!(receive(&RESULTS), usize::MAX); // no other result was there
+        Ok("")
+    }),
+    ("a worker that is free takes the next task", || {
+        let mut p = Pool::new(2)?;
+        let wait = |_| assert_eq!(receive(&GATE), 0);
+        p.apply_async(wait, 0)?;
+        for i in 1..10 {
+            p.apply_async(|i| println!("{i}"), i)?;
+        }
+        p.apply_async(|_| send(&GATE, 0), 0)?;
+        p.close();
+        p.join()?;
+        Ok("1\n2\n3\n4\n5\n6\n7\n8\n9\n")
+    }),
+    ("`join` says how a worker has failed", || {
+        let panics: [fn(usize); 2] = [|_| panic!("no"), |_| println!("goes on")];
+        assert_eq!(failure(&panics), "exited with status 1");
+        assert_eq!(failure(&[|_| process::exit(0)]), "exited with status 0");
+        let exec = |_| drop(Command::new("true").exec());
+        assert_eq!(failure(&[exec]), "exited with status 0");
+        assert_eq!(failure(&[|_| process::exit(117)]), "exited with status 117");
+        assert_eq!(failure(&[|_| process::exit(119)]), "exited with status 119");
+        let kill = |_| signal::raise(Signal::SIGKILL).unwrap();
+        assert_eq!(failure(&[kill]), "was killed by SIGKILL");
+        let lose_output = |_| lose_output();
+        assert_eq!(failure(&[lose_output]), "exited with status 1");
+        // The worker then reads end-of-file, and no task.
+        let lay_null_over_the_pipe = |_| {
+            let null = File::open("/dev/null").unwrap();
+            (3..null.as_raw_fd()).for_each(|fd| replace(fd, &null));
+        };
+        let tasks: [fn(usize); 2] = [lay_null_over_the_pipe, |_| println!("not done")];
+        assert_eq!(failure(&tasks), "exited with status 1");
+        // While SIGCHLD is ignored, a worker that ends leaves nothing to wait for.
+        // SAFETY: no handler is set.
+        unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+        assert!(failure(&[]).starts_with("cannot be waited for: ECHILD"));
+        Ok("goes on\n")
+    }),
+    (
+        "the other workers do the rest, and `join` names each that failed",
+        || {
+            let mut p = Pool::new(3)?;
             let be_killed = |_| {
-                announce("was killed by SIGKILL");
+                send(&GATE, id());
                 signal::raise(Signal::SIGKILL).unwrap();
             };
             let exit = |_| {
-                announce("exited with status 3");
+                send(&RESULTS, id());
                 process::exit(3);
             };
             p.apply_async(be_killed, 0)?;
             p.apply_async(exit, 0)?;
-            p.apply_async(be_killed, 0)?;
-            for i in 0..50 {
-                p.apply_async(|_| println!("done"), i)?;
+            for _ in 0..10 {
+                p.apply_async(|_| print!("."), 0)?;
             }
             p.close();
-            p.join()
-        },
-        holds: |run| {
-            let (done, failed): (Vec<_>, Vec<_>) = run.output.lines().partition(|&l| l == "done");
-            let named = failed.iter().all(|failure| run.errors.contains(failure));
-            !run.ok && done.len() == 50 && failed.len() == 3 && named
-        },
-    },
-    Promise {
-        name: "a panic ends its task, is shown and reported, and its worker goes on",
-        program: || {
-            let mut p = Pool::new(1)?;
-            p.apply_async(|_| panic::panic_any(PanicsWhenDropped), 0)?;
-            p.apply_async(|_| panic!("on purpose"), 0)?;
-            p.apply_async(|_| announce("exited with status 1"), 0)?;
-            p.close();
-            p.join()
-        },
-        holds: |run| run.failed_as_announced() && run.errors.contains("on purpose"),
-    },
-    Promise {
-        name: "an unfinished line comes out once, after a panic as well",
-        program: || {
-            print!("parent, ");
-            let mut p = Pool::new(1)?;
-            let task = |_| {
-                print!("task, ");
-                panic!("on purpose");
-            };
-            p.apply_async(task, 0)?;
-            p.close();
-            let joined = p.join();
-            print!("end");
-            joined
-        },
-        holds: |run| !run.ok && run.output == "parent, task, end",
-    },
-    Promise {
-        name: "a worker that ends without being told to stop has failed",
-        program: || {
-            LazyLock::force(&GATE); // before the fork, so that all have the same pipe
-            let mut p = Pool::new(1)?;
-            // The worker then reads end-of-file, and none of the tasks 1 to 3.
-            let lay_dev_null_over_the_pipe = |_| {
-                (&GATE.0).read_exact(&mut [0]).unwrap();
-                announce("exited with status 1");
-                let null = File::open("/dev/null").unwrap();
-                for fd in 3..null.as_raw_fd() {
-                    // SAFETY: `dup2` leaves each of these descriptors open.
-                    unsafe { libc::dup2(null.as_raw_fd(), fd) };
-                }
-            };
-            p.apply_async(lay_dev_null_over_the_pipe, 0)?;
-            for i in 1..4 {
-                p.apply_async(|i| println!("{i}"), i)?;
-            }
-            p.close();
-            (&GATE.1).write_all(&[0])?;
-            p.join()
-        },
-        holds: |run| run.failed_as_announced(),
-    },
-    Promise {
-        name: "a worker skips the exit handlers of its parent",
-        program: || {
-            extern "C" fn handler() {
-                println!("exit handler");
-            }
-            // SAFETY: the handler prints, and no more.
-            unsafe { libc::atexit(handler) };
-            let mut p = Pool::new(1)?;
-            p.close();
-            p.join()
-        },
-        holds: |run| run.ok && run.output == "exit handler\n",
-    },
-    Promise {
-        name: "a process that a task has forked takes no task",
-        program: || {
-            let mut p = Pool::new(1)?;
-            // SAFETY: a worker has a single thread.
-            p.apply_async(|_| assert!(unsafe { fork() }.is_ok()), 0)?;
-            for i in 1..40 {
-                p.apply_async(|i| println!("{i} for {}", getppid()), i)?;
-            }
-            p.close();
+            let error = error(p.join());
+            let killed = format!("worker {} was killed by SIGKILL", receive(&GATE));
+            let exited = format!("worker {} exited with status 3", receive(&RESULTS));
+            let both = [format!("{killed}, {exited}"), format!("{exited}, {killed}")];
+            assert!(both.contains(&error), "{error}");
             p.join()?;
-            println!("all for {}", getpid());
-            Ok(())
+            Ok("..........")
         },
-        holds: |run| {
-            let parent = run.output.trim_end().rsplit(' ').next().unwrap_or_default();
-            let done = (1..40).map(|i| format!("{i} for {parent}\n"));
-            run.ok && run.output == done.collect::<String>() + &format!("all for {parent}\n")
-        },
-    },
-    Promise {
-        name: "a pool can be joined while a later one lives",
-        program: || {
-            let mut first = Pool::new(2)?;
-            let mut second = Pool::new(2)?;
-            first.close();
-            first.join()?;
-            println!("first");
-            second.apply_async(|_| println!("second"), 0)?;
-            second.close();
-            second.join()
-        },
-        holds: |run| run.ok && run.output == "first\nsecond\n",
-    },
-    Promise {
-        name: "no task is begun when the parent has been killed",
-        program: || {
-            LazyLock::force(&GATE); // before the fork, so that all have the same pipe
-            let mut p = Pool::new(1)?;
-            let kill_the_parent = |_| {
-                (&GATE.0).read_exact(&mut [0]).unwrap();
-                let parent = getppid();
-                signal::kill(parent, Signal::SIGKILL).unwrap();
-                while getppid() == parent {}
+    ),
+    ("when no worker is left, no task can be queued", || {
+        let mut p = Pool::new(1)?;
+        p.apply_async(|_| process::exit(3), 0)?;
+        while p.apply_async(|_| (), 0).is_ok() {}
+        assert_eq!(error(p.apply_async(|_| (), 0)), "no worker is left");
+        p.close();
+        assert!(error(p.join()).ends_with(" exited with status 3"));
+        Ok("")
+    }),
+    ("an unfinished line comes out once", || {
+        print!("parent, ");
+        let task = |_| {
+            print!("task, ");
+            panic!("on purpose");
+        };
+        failure(&[task]);
+        print!("end");
+        Ok("parent, task, end")
+    }),
+    ("a panic goes no further than its task", || {
+        extern "C" fn handler() {
+            println!("exit handler");
+        }
+        // SAFETY: the handler prints, and no more.
+        unsafe { libc::atexit(handler) };
+        panic::set_hook(Box::new(|_| println!("shown")));
+        let _in_the_parent = PrintsWhenDropped;
+        failure(&[|_| panic::panic_any(PrintsWhenDropped)]);
+        Ok("shown\ndropped\nexit handler\n")
+    }),
+    ("each worker draws new random numbers", || {
+        fn draw() -> usize {
+            rand::random::<u64>() as usize
+        }
+        let draw_and_wait = |_| {
+            send(&RESULTS, draw());
+            receive(&GATE);
+        };
+        let mut numbers = vec![draw()];
+        let mut p = Pool::new(2)?;
+        p.apply_async(draw_and_wait, 0)?;
+        p.apply_async(draw_and_wait, 0)?;
+        // One comes from each worker, since both wait.
+        numbers.extend([receive(&RESULTS), receive(&RESULTS)]);
+        numbers.push(draw());
+        send(&GATE, 0);
+        send(&GATE, 0);
+        p.close();
+        p.join()?;
+        numbers.sort_unstable();
+        numbers.dedup();
+        assert_eq!(numbers.len(), 4);
+        Ok("")
+    }),
+    ("a process that a task has forked takes no task", || {
+        let fork_and_wait = |_| {
+            // SAFETY: a worker has one thread.
+            if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
+                waitpid(child, None).unwrap();
+            }
+        };
+        let mut p = Pool::new(1)?;
+        p.apply_async(fork_and_wait, 0)?;
+        for _ in 0..3 {
+            let task = |parent| {
+                assert_eq!(parent_id() as usize, parent);
+                println!("done");
             };
+            p.apply_async(task, id())?;
+        }
+        p.close();
+        p.join()?;
+        Ok("done\ndone\ndone\n")
+    }),
+    ("a pool can be joined while a later one lives", || {
+        let mut first = Pool::new(2)?;
+        let mut second = Pool::new(2)?;
+        first.close();
+        first.join()?;
+        println!("first");
+        second.apply_async(|_| println!("second"), 0)?;
+        second.close();
+        second.join()?;
+        Ok("first\nsecond\n")
+    }),
+    ("a pool that is dropped does its tasks and ends", || {
+        let mut p = Pool::new(2)?;
+        p.apply_async(|_| println!("done"), 0)?;
+        drop(p);
+        assert!(matches!(wait(), Ok(WaitStatus::Exited(_, 1))));
+        assert!(matches!(wait(), Ok(WaitStatus::Exited(_, 1))));
+        Ok("done\n")
+    }),
+    ("no task is begun when the parent was killed", || {
+        let kill_the_parent = |_| {
+            receive(&GATE);
+            let parent = getppid();
+            signal::kill(parent, Signal::SIGKILL).unwrap();
+            while getppid() == parent {
+                thread::sleep(Duration::from_millis(1));
+            }
+        };
+        // SAFETY: this process has one thread.
+        let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
+            replace(libc::STDERR_FILENO, &io::stdout()); // since the worker must not write to it
+            let mut p = Pool::new(1)?;
             p.apply_async(kill_the_parent, 0)?;
             p.apply_async(|_| println!("begun"), 0)?;
             p.close();
-            (&GATE.1).write_all(&[0])?;
-            p.join()
-        },
-        holds: |run| !run.ok && run.output.is_empty() && run.errors.is_empty(),
-    },
-    Promise {
-        name: "the workers of a pool that is dropped end",
-        program: || {
-            drop(Pool::new(4)?);
-            while let Ok(WaitStatus::Exited(_, status)) = wait() {
-                println!("{status}");
-            }
-            Ok(())
-        },
-        holds: |run| run.ok && run.output == "1\n1\n1\n1\n" && run.errors.is_empty(),
-    },
-    Promise {
-        name: "a worker draws numbers of its own",
-        program: || {
-            println!("{}", rand::random::<u64>());
-            let mut pools = [Pool::new(1)?, Pool::new(1)?];
-            for p in &mut pools {
-                p.apply_async(|_| println!("{}", rand::random::<u64>()), 0)?;
-                p.close();
-                p.join()?;
-            }
-            println!("{}", rand::random::<u64>());
-            Ok(())
-        },
-        holds: |run| {
-            let mut numbers: Vec<&str> = run.output.lines().collect();
-            numbers.sort();
-            numbers.dedup();
-            run.ok && numbers.len() == 4
-        },
-    },
-    Promise {
-        name: "signals interrupt neither the parent nor a worker",
-        program: || {
-            extern "C" fn do_nothing(_: i32) {}
-            let handler = SigHandler::Handler(do_nothing);
-            let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
-            // SAFETY: the handler does nothing.
-            unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
-            let mut p = Pool::new(2)?;
-            let signal_all = |_| {
-                for _ in 0..20 {
-                    thread::sleep(Duration::from_millis(5));
-                    signal::kill(Pid::from_raw(0), Signal::SIGUSR1).unwrap();
-                }
-            };
-            p.apply_async(signal_all, 0)?;
-            p.close();
-            p.join()
-        },
-        holds: |run| run.ok,
-    },
-    Promise {
-        name: "when no worker is left, a task cannot be queued, and `join` says why",
-        program: || {
-            let mut p = Pool::new(1)?;
-            let die = |_| {
-                announce("was killed by SIGKILL");
-                signal::raise(Signal::SIGKILL).unwrap();
-            };
-            p.apply_async(die, 0)?;
-            while p.apply_async(|_| (), 0).is_ok() {}
-            println!("{}", p.apply_async(|_| (), 0).unwrap_err());
-            p.close();
-            p.join()
-        },
-        holds: |run| {
-            let (failure, refusal) = run.output.split_once('\n').unwrap_or_default();
-            let joined = run.errors == format!("Error: \"{failure}\"\n");
-            !run.ok && refusal == "no worker is left\n" && joined
-        },
-    },
-    Promise {
-        name: "a misuse is an error in Python's words",
-        program: || {
-            println!("{}", Pool::new(0).err().unwrap());
-            let mut p = Pool::new(1)?;
-            println!("{}", p.join().unwrap_err());
-            p.close();
-            println!("{}", p.apply_async(|_| (), 0).unwrap_err());
+            send(&GATE, 0);
             p.join()?;
-            p.close();
-            p.join()
-        },
-        holds: |run| {
-            let words = "Number of processes must be at least 1\n\
-                Pool is still running\n\
-                Pool not running\n";
-            run.ok && run.output == words
-        },
-    },
-    Promise {
-        name: "an error says that there is no room for a pipe",
-        program: || {
-            let none = libc::rlimit {
-                rlim_cur: 0,
-                rlim_max: 0,
-            };
-            // SAFETY: `setrlimit` reads `none`, and no more.
-            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) };
-            Pool::new(1).map(drop)
-        },
-        holds: |run| !run.ok && run.errors.starts_with("Error: \"pipe: "),
-    },
-    Promise {
-        name: "an error says that output was lost before the workers started",
-        program: || {
-            print!("unfinished");
-            break_stdout();
-            Pool::new(1).map(drop)
-        },
-        holds: |run| !run.ok && run.errors.starts_with("Error: \"stdout: "),
-    },
-    Promise {
-        name: "a worker whose output was lost has failed",
-        program: || {
-            let mut p = Pool::new(1)?;
-            let lose_output = |_| {
-                announce("exited with status 1");
-                print!("unfinished");
-                break_stdout();
-            };
-            p.apply_async(lose_output, 0)?;
-            p.close();
-            p.join()
-        },
-        holds: |run| run.failed_as_announced(),
-    },
-    Promise {
-        name: "a worker that cannot be waited for has failed",
-        program: || {
-            // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
-            // SAFETY: no handler is set.
-            unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-            let mut p = Pool::new(1)?;
-            p.close();
-            p.join()
-        },
-        holds: |run| !run.ok && run.errors.contains(" cannot be waited for: ECHILD"),
-    },
+            unreachable!()
+        };
+        let ended = waitpid(parent, None)?;
+        assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGKILL, _)));
+        Ok("")
+    }),
+    ("signals interrupt neither the parent nor a worker", || {
+        extern "C" fn do_nothing(_: i32) {}
+        let handler = SigHandler::Handler(do_nothing);
+        // Without the flag that resumes what a signal interrupts:
+        let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+        // SAFETY: the handler does nothing.
+        unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
+        let signal_all = |_| {
+            for _ in 0..20 {
+                thread::sleep(Duration::from_millis(5));
+                signal::kill(Pid::from_raw(0), Signal::SIGUSR1).unwrap();
+            }
+            send(&RESULTS, 0);
+        };
+        let mut p = Pool::new(2)?;
+        p.apply_async(signal_all, 0)?;
+        receive(&RESULTS); // meanwhile the other worker waits for a task
+        p.apply_async(signal_all, 0)?;
+        p.apply_async(signal_all, 0)?;
+        for _ in 0..5_000 {
+            p.apply_async(|_| (), 0)?; // meanwhile the pipe is full
+        }
+        p.apply_async(signal_all, 0)?;
+        p.close();
+        p.join()?;
+        Ok("")
+    }),
+    ("a pool that cannot be made leaves no worker", || {
+        // The limit does not hold for root; a user without rights stays who it is.
+        // SAFETY: `setuid` can always be called.
+        unsafe { libc::setuid(65_534) };
+        let (_, hard_limit) = getrlimit(Resource::RLIMIT_NPROC)?;
+        let mut limit = 0;
+        let mut p = loop {
+            setrlimit(Resource::RLIMIT_NPROC, limit, hard_limit)?;
+            match Pool::new(2) {
+                Ok(p) => break p,
+                Err(e) => assert!(e.to_string().starts_with("fork: "), "{e}"),
+            }
+            assert_eq!(wait(), Err(Errno::ECHILD));
+            limit += 1;
+        };
+        // Two tasks that need each other, and so two workers:
+        p.apply_async(|_| send(&GATE, receive(&RESULTS)), 0)?;
+        p.apply_async(
+            |_| {
+                send(&RESULTS, 0);
+                receive(&GATE);
+            },
+            0,
+        )?;
+        p.close();
+        p.join()?;
+        Ok("")
+    }),
+    ("`new` says what is wrong", || {
+        assert_eq!(
+            error(Pool::new(0)),
+            "Number of processes must be at least 1"
+        );
+        lose_output();
+        assert!(error(Pool::new(1)).starts_with("stdout: "));
+        setrlimit(Resource::RLIMIT_NOFILE, 0, 0)?;
+        assert!(error(Pool::new(1)).starts_with("pipe: "));
+        Ok("")
+    }),
+    ("a misuse is an error in Python's words", || {
+        let mut p = Pool::new(1)?;
+        assert_eq!(error(p.join()), "Pool is still running");
+        p.close();
+        assert_eq!(error(p.apply_async(|_| (), 0)), "Pool not running");
+        p.join()?;
+        p.close();
+        p.join()?;
+        Ok("")
+    }),
 ];
 
-impl Run {
-    /// Whether the program failed with the error that one of its processes had announced.
-    fn failed_as_announced(&self) -> bool {
-        let error = format!("Error: \"{}\"\n", self.output.trim_end());
-        !self.ok && self.errors.ends_with(&error)
+/// Pipes by which the processes of a program wait for each other, or pass numbers on.
+static GATE: Pipe = LazyLock::new(|| io::pipe().unwrap());
+static RESULTS: Pipe = LazyLock::new(|| io::pipe().unwrap());
+
+type Pipe = LazyLock<(PipeReader, PipeWriter)>;
+
+fn send(pipe: &Pipe, number: usize) {
+    (&pipe.1).write_all(&number.to_ne_bytes()).unwrap();
+}
+
+fn receive(pipe: &Pipe) -> usize {
+    let mut number = [0; size_of::<usize>()];
+    (&pipe.0).read_exact(&mut number).unwrap();
+    usize::from_ne_bytes(number)
+}
+
+fn id() -> usize {
+    process::id() as usize
+}
+
+/// Lets one worker do the tasks, and it must fail. Returns what `join` says after the worker's id.
+#[track_caller]
+fn failure(tasks: &[fn(usize)]) -> String {
+    let send_id_and_wait: fn(usize) = |_| {
+        send(&RESULTS, id());
+        receive(&GATE);
+    };
+    let mut p = Pool::new(1).unwrap();
+    for task in [&[send_id_and_wait], tasks].concat() {
+        p.apply_async(task, 0).unwrap();
     }
+    p.close();
+    send(&GATE, 0); // only now, since a task cannot be queued when the worker has ended
+    let error = error(p.join());
+    let worker = format!("worker {} ", receive(&RESULTS));
+    error.strip_prefix(&worker).expect(&error).to_string()
 }
 
-/// Prints how this worker is going to fail, in the words in which `join` is to report it.
-fn announce(failure: &str) {
-    println!("worker {} {failure}", getpid());
+#[track_caller]
+fn error<T>(result: Result<T, Box<dyn Error>>) -> String {
+    result.err().expect("no error").to_string()
 }
 
-/// A pipe by which one process of a program lets another one wait.
-static GATE: LazyLock<(PipeReader, PipeWriter)> = LazyLock::new(|| io::pipe().unwrap());
-
-/// Replaces standard output by a pipe that nobody reads.
-fn break_stdout() {
-    let (_, write_end) = io::pipe().unwrap();
-    // SAFETY: std uses standard output by its number alone.
-    unsafe { libc::dup2(write_end.as_raw_fd(), libc::STDOUT_FILENO) };
+/// Leaves an unfinished line that cannot be flushed, since nobody reads it.
+fn lose_output() {
+    print!("unfinished");
+    let (_, without_reader) = io::pipe().unwrap();
+    replace(libc::STDOUT_FILENO, &without_reader);
 }
 
-/// Something that must not be dropped.
-struct PanicsWhenDropped;
+/// Lays `file` over the descriptor `fd`.
+#[track_caller]
+fn replace(fd: RawFd, file: &impl AsRawFd) {
+    // SAFETY: std uses stdout and stderr by their numbers alone, and a caller that replaces more
+    // uses none of it afterwards.
+    assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), fd) }, fd);
+}
 
-impl Drop for PanicsWhenDropped {
+struct PrintsWhenDropped;
+
+impl Drop for PrintsWhenDropped {
     fn drop(&mut self) {
-        panic!("dropped");
+        println!("dropped");
     }
 }
 
-/// Runs the promises whose names contain one of the arguments, or all if there are none.
+/// Runs the promises whose names contain one of the words, or all if there are none.
 ///
 /// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
 fn main() -> Result<(), Box<dyn Error>> {
-    let (mut flags, mut words, mut skipped) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
     let mut args = env::args().skip(1);
     while let Some(arg) = args.next() {
         match arg.as_str() {
-            "--program" => return (named(&args.next().unwrap_or_default())?.program)(),
-            "--skip" => skipped.extend(args.next()),
-            "--color" | "--format" | "--test-threads" => drop(args.next()), // a value is no name
-            flag if flag.starts_with('-') => flags.push(arg),
+            "--program" => return program(&args.next().unwrap_or_default()),
+            "--list" => list = true,
+            "--skip" => skip.extend(args.next()),
+            "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
+            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // a value, no word
+            flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }
     }
-    let flagged = |flag: &str| flags.iter().any(|f| f == flag);
-    let mut chosen: Vec<&Promise> = PROMISES.iter().collect();
-    if flagged("--exact") && !words.is_empty() {
-        chosen = words
-            .iter()
-            .map(|name| named(name))
-            .collect::<Result<_, _>>()?;
-    } else if !words.is_empty() {
-        chosen.retain(|promise| words.iter().any(|word| promise.name.contains(word)));
-    }
-    chosen.retain(|promise| !skipped.iter().any(|word| promise.name.contains(word)));
-
-    if flagged("--ignored") {
-        chosen.clear(); // none is
-    }
-    if flagged("--list") {
-        for promise in &chosen {
-            println!("{}: test", promise.name);
-        }
-        return Ok(());
-    }
-    let mut broken = 0;
-    for promise in &chosen {
-        let ended = run(promise.name);
-        if ended.as_ref().is_ok_and(promise.holds) {
-            println!("test {} ... ok", promise.name);
+    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
+    for (name, _) in PROMISES {
+        let contains = |word: &String| name.contains(word.as_str());
+        let chosen = words.is_empty() || words.iter().any(contains);
+        if !chosen || skip.iter().any(contains) {
+            skipped += 1;
+        } else if list {
+            println!("{name}: test");
+        } else if let Err(error) = run(name) {
+            println!("test {name} ... FAILED: {error}");
+            failed += 1;
         } else {
-            println!("test {} ... FAILED: {ended:#?}", promise.name);
-            broken += 1;
+            println!("test {name} ... ok");
+            passed += 1;
         }
     }
-    println!("{} passed, {broken} failed", chosen.len() - broken);
-    if broken > 0 {
+    if !list {
+        println!("{passed} passed, {failed} failed, {skipped} skipped");
+    }
+    if failed > 0 {
         return Err("not all promises hold".into());
     }
     Ok(())
 }
 
-fn named(name: &str) -> Result<&'static Promise, Box<dyn Error>> {
-    let promise = PROMISES.iter().find(|p| p.name == name);
-    promise.ok_or_else(|| format!("there is no promise named '{name}'").into())
-}
-
 /// Runs the program of a promise until all its processes have ended, for ten seconds at most.
-fn run(name: &str) -> Result<Run, Box<dyn Error>> {
+fn run(name: &str) -> Result<(), Box<dyn Error>> {
     let program = Command::new(env::current_exe()?)
         .args(["--program", name])
         .env("RUST_BACKTRACE", "0")
@@ -466,16 +430,37 @@ fn run(name: &str) -> Result<Run, Box<dyn Error>> {
         .spawn()?;
     let group = Pid::from_raw(program.id().try_into()?);
     let (sender, receiver) = mpsc::channel();
-    // All processes of the program hold the pipes, and so the output ends when none is left.
+    // All processes of the program hold the pipes, so the output ends when none is left.
     thread::spawn(move || sender.send(program.wait_with_output()));
-    let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) else {
+    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) {
+        ("", ended?)
+    } else {
         signal::killpg(group, Signal::SIGKILL)?;
-        return Err("not over after ten seconds".into());
+        (", killed after ten seconds", receiver.recv()??)
     };
-    let ended = ended?;
-    Ok(Run {
-        ok: ended.status.success(),
-        output: String::from_utf8_lossy(&ended.stdout).into(),
-        errors: String::from_utf8_lossy(&ended.stderr).into(),
-    })
+    let output = String::from_utf8_lossy(&ended.stdout);
+    let errors = String::from_utf8_lossy(&ended.stderr);
+    let as_promised = errors.contains(&format!("must print {output:?}\n"));
+    if as_promised && ended.status.success() && late.is_empty() {
+        return Ok(());
+    }
+    Err(format!("{}{late}, printed {output:?}\n{errors}", ended.status).into())
+}
+
+/// Runs the program of a promise in this process, and writes to stderr what it must have printed.
+fn program(name: &str) -> Result<(), Box<dyn Error>> {
+    // Ends this process and each that it forks, even when nobody is left to do so.
+    extern "C" fn end_in_time() {
+        alarm::set(20);
+    }
+    end_in_time();
+    // SAFETY: the handler sets an alarm, and no more.
+    unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
+    LazyLock::force(&GATE); // before any fork, so that all processes have the same pipes
+    LazyLock::force(&RESULTS);
+    let promise = PROMISES.iter().find(|promise| promise.0 == name);
+    let (_, program) = promise.ok_or("there is no such promise")?;
+    let line = format!("must print {:?}\n", program()?);
+    eprint!("{line}"); // in one piece, since other processes may print errors at the same time
+    Ok(())
 }

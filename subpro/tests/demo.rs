@@ -59,7 +59,7 @@ fn run(name: &str, programs: &[&str]) -> Output {
         .env("SCRIPT", SCRIPT)
         .status();
     assert!(written.unwrap().success());
-    let mut run = Command::new(env!("CARGO_BIN_EXE_subpro"));
+    let mut run = Command::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))));
     run.env("PATH", path).output().unwrap()
 }
 
