@@ -64,13 +64,13 @@ pub mod multiprocessing {
     /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
     ///
     /// A process's first call decides its side: `get` makes it the reader, `put` or `join` a
-    /// writer. It then closes the other side's pipe ends, and a call of the other side fails. So
-    /// start all processes that use the queue before their parent uses it. A process that has made
-    /// no call holds all ends: the others do not notice that the reader or the last writer has
-    /// ended, and may wait for ever.
+    /// writer. The process then closes the other side's pipe ends, and a call of the other side
+    /// fails. So start all processes that use the queue before their parent uses it. As long as a
+    /// process has the queue and has made no call, it holds all ends: the others do not notice that
+    /// the reader or the last writer has ended, and may wait for ever.
     ///
-    /// Any number of processes may put texts at once, but only one process may get them: two would
-    /// tear the texts apart. Only one process at a time may be in `join`.
+    /// Several processes may put texts at once, but only one may get them: two would tear the texts
+    /// apart. Only one process at a time may be in `join`.
     pub struct Queue {
         reader: RefCell<Option<(PipeReader, PipeWriter)>>, // texts, answers; `None` in a writer
         writer: RefCell<Option<(PipeReader, PipeWriter)>>, // answers, texts; `None` in the reader
@@ -113,9 +113,9 @@ pub mod multiprocessing {
         }
 
         /// Takes the next text out of the queue. Waits while there is none. Fails if no writer is
-        /// left, and each process that has the queue and has not called `get` counts as one; so to
+        /// left; a process that has the queue and has not called `get` counts as a writer. So to
         /// end a loop of `get`s, put a text that means the end, as in Python. Fails as well if
-        /// stdout cannot be flushed before it answers a `join`.
+        /// stdout cannot be flushed before `get` answers a `join`.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
             let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
@@ -131,14 +131,13 @@ pub mod multiprocessing {
                 }
                 // `terminate` usually comes next, and SIGTERM discards what is still buffered.
                 io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-                // This fails if the process in `join` was killed. Other texts may be there still.
+                // Fails if the process in `join` was killed; other texts may be there still.
                 let _ = answers.write_all(&number);
             }
         }
 
-        /// Waits until the reader has asked for another text after the last one that was put, that
-        /// is, has finished with all texts, like the `join` of Python's `JoinableQueue`. Fails if
-        /// no reader is left.
+        /// Waits until the reader has finished with all texts, that is, calls `get` after the last
+        /// one, like the `join` of Python's `JoinableQueue`. Fails if no reader is left.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
@@ -176,7 +175,7 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1; so it is for each
+        /// panics, that is printed to stderr, and the child's exit status is 1, as for each
         /// `ExitCode` but `SUCCESS`. `start` fails if stdout cannot be flushed or no process can be
         /// made, and panics if the process was started before.
         ///
@@ -230,8 +229,8 @@ pub mod multiprocessing {
         }
 
         /// Sends SIGTERM to the child, and waits for it to end, however long that takes and
-        /// whatever the child does with the signal. Fails unless SIGTERM ended the child or its exit
-        /// status is 0. Does nothing if the process was never started or has been waited for.
+        /// whatever the child does with the signal. Fails unless SIGTERM ended the child or its
+        /// exit status is 0. Does nothing if the process was never started or has been waited for.
         pub fn terminate(&mut self) -> Result<(), Box<dyn Error>> {
             let Some(pid) = self.pid else {
                 return Ok(());

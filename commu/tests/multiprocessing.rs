@@ -323,20 +323,17 @@ const PROMISES: &[(&str, Program)] = &[
         assert_eq!(error(q.join()), NO_READER);
         Ok("")
     }),
-    (
-        "`put` and `q.join` fail when the reader ends meanwhile",
-        || {
-            let end = |_: &Queue| thread::sleep(Duration::from_millis(200));
-            let q = Queue::new()?;
-            start(end, &q)?;
-            start(fill, &q)?;
-            let mut joins = start(|q: &Queue| assert_eq!(error(q.join()), NO_READER), &q)?;
-            thread::sleep(Duration::from_millis(100)); // so that the pipe is full
-            assert_eq!(error(q.put(&"x".repeat(LONGEST))), NO_READER);
-            joins.join()?;
-            Ok("")
-        },
-    ),
+    ("`put` and `q.join` fail when the reader ends", || {
+        let end = |_: &Queue| thread::sleep(Duration::from_millis(200));
+        let q = Queue::new()?;
+        start(end, &q)?;
+        start(fill, &q)?;
+        let mut joins = start(|q: &Queue| assert_eq!(error(q.join()), NO_READER), &q)?;
+        thread::sleep(Duration::from_millis(100)); // so that the pipe is full
+        assert_eq!(error(q.put(&"x".repeat(LONGEST))), NO_READER);
+        joins.join()?;
+        Ok("")
+    }),
     ("`get` fails when no writer is left", || {
         let q = Queue::new()?;
         let mut pw = start(|q: &Queue| q.put("A"), &q)?;
@@ -530,7 +527,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
             "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
-            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // a value, no word
+            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // its value
             flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }

@@ -55,7 +55,7 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1; so it is for each
+        /// panics, that is printed to stderr, and the child's exit status is 1, as for each
         /// `ExitCode` but `SUCCESS`. `start` fails if stdout cannot be flushed or no process can be
         /// made, and panics if the process was started before.
         ///

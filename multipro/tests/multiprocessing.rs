@@ -211,7 +211,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
             "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
-            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // a value, no word
+            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // its value
             flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }

@@ -65,9 +65,9 @@ pub mod multiprocessing {
     /// since all have one length and the kernel lets one process at a time read from a pipe.
     type Task = [[u8; size_of::<usize>()]; 2];
 
-    /// The exit status of a worker that was told to stop, had no task that panicked, and has
-    /// flushed its output. It is not 0, since a task may call `exit(0)` or `exec` another program,
-    /// and no common program ends with it.
+    /// The exit status of a worker that was told to stop, whose tasks did not panic, and whose
+    /// output was flushed. It is not 0, with which a task can end its worker (by `exit`, or by
+    /// `exec` of a program that succeeds), but a number that no common program ends with.
     const DONE: i32 = 118;
 
     impl Pool {
@@ -88,30 +88,35 @@ pub mod multiprocessing {
             };
             // Otherwise the workers print what is still buffered as well.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
+            if let Err(e) = pool.fork_workers(processes, read_end) {
+                pool.close();
+                let _ = pool.join(); // the workers end because of `e`
+                return Err(format!("fork: {e}").into());
+            }
+            Ok(pool)
+        }
+
+        /// Forks the workers. In the parent, `read_end` closes at the end: as long as the parent
+        /// held it, no write would fail.
+        fn fork_workers(&mut self, processes: usize, read_end: PipeReader) -> nix::Result<()> {
             let parent = getpid();
             for _ in 0..processes {
-                // SAFETY: the caller has one thread, so the worker may call any function.
-                match unsafe { fork() } {
-                    Ok(ForkResult::Child) => {
+                // SAFETY: the caller of `new` has one thread, so the worker may call any function.
+                match unsafe { fork() }? {
+                    ForkResult::Child => {
                         // As long as a worker held the write end, it would never see end-of-file.
-                        pool.tasks = None;
-                        // The worker never leaves this arm, so it can have `read_end` for itself.
+                        self.tasks = None;
+                        // The worker never leaves this arm, so it may take `read_end`.
                         let ended = panic::catch_unwind(|| work(read_end, parent));
                         let ok = matches!(ended, Ok(true));
                         let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
                         // SAFETY: `_exit` can always be called; it skips the exit handlers.
                         unsafe { _exit(if ok && flushed { DONE } else { 1 }) }
                     }
-                    Ok(ForkResult::Parent { child }) => pool.workers.push(child),
-                    Err(e) => {
-                        drop(read_end); // as long as the parent held it, no write would fail
-                        pool.close();
-                        let _ = pool.join(); // the workers had no task, and `e` is why they end
-                        return Err(format!("fork: {e}").into());
-                    }
+                    ForkResult::Parent { child } => self.workers.push(child),
                 }
             }
-            Ok(pool) // `read_end` closes: as long as the parent held it, no write would fail
+            Ok(())
         }
 
         /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on

@@ -89,33 +89,30 @@ const PROMISES: &[(&str, Program)] = &[
         assert!(failure(&[]).starts_with("cannot be waited for: ECHILD"));
         Ok("goes on\n")
     }),
-    (
-        "the other workers do the rest, and `join` names each that failed",
-        || {
-            let mut p = Pool::new(3)?;
-            let be_killed = |_| {
-                send(&GATE, id());
-                signal::raise(Signal::SIGKILL).unwrap();
-            };
-            let exit = |_| {
-                send(&RESULTS, id());
-                process::exit(3);
-            };
-            p.apply_async(be_killed, 0)?;
-            p.apply_async(exit, 0)?;
-            for _ in 0..10 {
-                p.apply_async(|_| print!("."), 0)?;
-            }
-            p.close();
-            let error = error(p.join());
-            let killed = format!("worker {} was killed by SIGKILL", receive(&GATE));
-            let exited = format!("worker {} exited with status 3", receive(&RESULTS));
-            let both = [format!("{killed}, {exited}"), format!("{exited}, {killed}")];
-            assert!(both.contains(&error), "{error}");
-            p.join()?;
-            Ok("..........")
-        },
-    ),
+    ("the others do what a failed worker leaves", || {
+        let mut p = Pool::new(3)?;
+        let be_killed = |_| {
+            send(&GATE, id());
+            signal::raise(Signal::SIGKILL).unwrap();
+        };
+        let exit = |_| {
+            send(&RESULTS, id());
+            process::exit(3);
+        };
+        p.apply_async(be_killed, 0)?;
+        p.apply_async(exit, 0)?;
+        for _ in 0..10 {
+            p.apply_async(|_| print!("."), 0)?;
+        }
+        p.close();
+        let error = error(p.join());
+        let killed = format!("worker {} was killed by SIGKILL", receive(&GATE));
+        let exited = format!("worker {} exited with status 3", receive(&RESULTS));
+        let both = [format!("{killed}, {exited}"), format!("{exited}, {killed}")];
+        assert!(both.contains(&error), "{error}");
+        p.join()?;
+        Ok("..........")
+    }),
     ("when no worker is left, no task can be queued", || {
         let mut p = Pool::new(1)?;
         p.apply_async(|_| process::exit(3), 0)?;
@@ -389,7 +386,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
             "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
-            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // a value, no word
+            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // its value
             flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }
