@@ -249,7 +249,7 @@ const PROMISES: &[(&str, Program)] = &[
         receive(&RESULTS); // meanwhile the other worker waits for a task
         p.apply_async(signal_all, 0)?;
         p.apply_async(signal_all, 0)?;
-        for _ in 0..5_000 {
+        for _ in 0..10_000 {
             p.apply_async(|_| (), 0)?; // meanwhile the pipe is full
         }
         p.apply_async(signal_all, 0)?;
