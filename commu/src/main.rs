@@ -78,11 +78,11 @@ pub mod multiprocessing {
 
     /// The length in bytes of the longest text: the kernel writes up to `PIPE_BUF` bytes in one
     /// piece, and the length precedes a text. A larger number in place of a length comes from a
-    /// process in `join`; it is `LONGEST` and that process's id.
+    /// process in `join`: `LONGEST` plus that process's id.
     const LONGEST: usize = PIPE_BUF - size_of::<usize>();
 
     const OTHER_SIDE: &str = "this process is on the other side of the queue";
-    // Reading and writing fail for these reasons only:
+    // The errors when the pipe ends of the other side are all closed:
     const NO_READER: &str = "no reader of the queue is left";
     const NO_WRITER: &str = "no writer of the queue is left";
 
@@ -137,7 +137,8 @@ pub mod multiprocessing {
         }
 
         /// Waits until the reader has finished with all texts, that is, calls `get` after the last
-        /// one, like the `join` of Python's `JoinableQueue`. Fails if no reader is left.
+        /// one, like the `join` of Python's `JoinableQueue`. Fails if no reader is left, even if
+        /// all texts have been read.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
@@ -175,16 +176,16 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1, as for each
-        /// `ExitCode` but `SUCCESS`. `start` fails if stdout cannot be flushed or no process can be
-        /// made, and panics if the process was started before.
+        /// panics, that is printed to stderr, and the child's exit status is 1, also if the target
+        /// returns an `ExitCode` other than `SUCCESS`. `start` fails if stdout cannot be flushed or
+        /// no process can be made, and panics if the process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
         /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
-            // Otherwise the child prints what is still buffered as well.
+            // Otherwise both processes print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             // SAFETY: the caller has one thread, so the child may call any function.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {

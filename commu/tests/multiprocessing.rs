@@ -5,7 +5,8 @@
 //! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
 //! Cargo.toml).
 //!
-//! To add a promise, copy one. No name may be a part of another's.
+//! To add a promise, copy one. No name may be a part of another's, since a name on the command line
+//! chooses all that contain it.
 
 use std::error::Error;
 use std::fs::File;
@@ -578,7 +579,8 @@ fn run(name: &str) -> Result<(), Box<dyn Error>> {
     if as_promised && ended.status.success() && late.is_empty() {
         return Ok(());
     }
-    Err(format!("{}{late}, printed {output:?}\n{errors}", ended.status).into())
+    let status = ended.status;
+    Err(format!("printed {output:?} ({status}{late})\n{errors}").into())
 }
 
 /// Runs the program of a promise in this process, and writes to stderr what it must have printed.

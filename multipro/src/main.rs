@@ -55,9 +55,9 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1, as for each
-        /// `ExitCode` but `SUCCESS`. `start` fails if stdout cannot be flushed or no process can be
-        /// made, and panics if the process was started before.
+        /// panics, that is printed to stderr, and the child's exit status is 1, also if the target
+        /// returns an `ExitCode` other than `SUCCESS`. `start` fails if stdout cannot be flushed or
+        /// no process can be made, and panics if the process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
@@ -66,7 +66,7 @@ pub mod multiprocessing {
         /// calls `rand::rng().reseed()`.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
-            // Otherwise the child prints what is still buffered as well.
+            // Otherwise both processes print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             // SAFETY: the caller has one thread, so the child may call any function.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {

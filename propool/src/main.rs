@@ -1,4 +1,4 @@
-//! Four worker processes share out five tasks: whichever is free takes the next.
+//! Four worker processes share five tasks: whichever is free takes the next.
 //!
 //! The tutorial's section 三、进程池 (the process pool), `demo2/propool.py`.
 //! Run it with `cargo run -p propool`.
@@ -50,9 +50,9 @@ pub mod multiprocessing {
     ///
     /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
     /// do the queued tasks and end, as long as the parent lives. Once the parent has ended, a
-    /// worker ends after its task, and the tasks that are still queued are lost. A process that was
-    /// forked after the pool holds the pipe's write end too, so an idle worker of a dropped pool
-    /// lives until that process ends.
+    /// worker ends after its task, and the tasks that are still queued are lost. An idle worker of
+    /// a dropped pool lives as long as any process that was forked after the pool, since that
+    /// process holds the pipe's write end too.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -66,8 +66,8 @@ pub mod multiprocessing {
     type Task = [[u8; size_of::<usize>()]; 2];
 
     /// The exit status of a worker that was told to stop, whose tasks did not panic, and whose
-    /// output was flushed. It is not 0, with which a task can end its worker (by `exit`, or by
-    /// `exec` of a program that succeeds), but a number that no common program ends with.
+    /// output was flushed. It is not 0, since a task may end its worker with 0, by `exit` or by
+    /// `exec` of a program that succeeds; and no common program ends with it.
     const DONE: i32 = 118;
 
     impl Pool {
@@ -86,7 +86,7 @@ pub mod multiprocessing {
                 tasks: Some(write_end),
                 workers: Vec::new(),
             };
-            // Otherwise the workers print what is still buffered as well.
+            // Otherwise all processes print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             if let Err(e) = pool.fork_workers(processes, read_end) {
                 pool.close();
@@ -96,8 +96,8 @@ pub mod multiprocessing {
             Ok(pool)
         }
 
-        /// Forks the workers. In the parent, `read_end` closes at the end: as long as the parent
-        /// held it, no write would fail.
+        /// Forks the workers. In the parent, `read_end` closes when this returns: as long as the
+        /// parent held it, no write would fail.
         fn fork_workers(&mut self, processes: usize, read_end: PipeReader) -> nix::Result<()> {
             let parent = getpid();
             for _ in 0..processes {
@@ -120,8 +120,8 @@ pub mod multiprocessing {
         }
 
         /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on
-        /// most systems at 4,096 tasks. Fails after `close`, and once all workers, and whatever
-        /// their tasks have forked, have ended.
+        /// most systems at 4,096 tasks. Fails after `close`, and once neither a worker nor a
+        /// process that a task has forked is left.
         ///
         /// `func` must be in the program, or in a library that was loaded before the pool was made.
         pub fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Box<dyn Error>> {
@@ -167,8 +167,8 @@ pub mod multiprocessing {
         let ids = (getpid(), parent);
         let mut ok = true;
         let mut task = Task::default();
-        // A process that a task has forked takes no task when it returns from that task, nor does a
-        // worker whose parent has ended.
+        // A worker whose parent has ended takes no more tasks. Nor does a process that a task has
+        // forked, when it returns from that task.
         while (getpid(), getppid()) == ids && tasks.read_exact(task.as_flattened_mut()).is_ok() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
