@@ -97,17 +97,17 @@ pub mod multiprocessing {
             })
         }
 
-        /// Puts a text into the queue. Waits while the pipe has no room for it (64 KiB on Linux,
-        /// where each text takes 8 bytes more than its length). Fails if no reader is left, or if
-        /// the text has more than 4,088 bytes (504 on macOS).
+        /// Puts a text into the queue. Waits while the pipe is full (64 KiB as a rule: 16 of the
+        /// longest texts, or thousands of short ones). Fails if no reader is left, or if the text
+        /// has more than 4,088 bytes (504 on macOS).
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
+            let mut writer = self.writer.borrow_mut();
+            let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
+            self.reader.take(); // as long as a writer held the read end, no write would fail
             let length = value.len();
             if length > LONGEST {
                 return Err(format!("a text has at most {LONGEST} bytes, not {length}").into());
             }
-            let mut writer = self.writer.borrow_mut();
-            let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
-            self.reader.take(); // as long as a writer held the read end, no write would fail
             let message = [&length.to_ne_bytes(), value.as_bytes()].concat();
             texts.write_all(&message).map_err(|_| NO_READER.into())
         }
@@ -115,7 +115,7 @@ pub mod multiprocessing {
         /// Takes the next text out of the queue. Waits while there is none. Fails if no writer is
         /// left; a process that has the queue and has not called `get` counts as a writer. So to
         /// end a loop of `get`s, put a text that means the end, as in Python. Fails as well if
-        /// stdout cannot be flushed before `get` answers a `join`.
+        /// stdout cannot be flushed, in place of answering a `join`.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
             let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
@@ -176,9 +176,10 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1, also if the target
-        /// returns an `ExitCode` other than `SUCCESS`. `start` fails if stdout cannot be flushed or
-        /// no process can be made, and panics if the process was started before.
+        /// panics, that is printed to stderr, and the child's exit status is 1. So it is if the
+        /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
+        /// `start` fails if stdout cannot be flushed or no process can be made, and panics if the
+        /// process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
@@ -191,7 +192,7 @@ pub mod multiprocessing {
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
                     let run = || {
-                        // Otherwise the child draws its parent's next numbers.
+                        // Otherwise all children may draw the same numbers.
                         rand::rng().reseed().expect("cannot reseed");
                         // `report` prints an error, as it does for `main`.
                         self.args.take().map(self.target).map(R::report)

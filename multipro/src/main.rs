@@ -55,15 +55,16 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1, also if the target
-        /// returns an `ExitCode` other than `SUCCESS`. `start` fails if stdout cannot be flushed or
-        /// no process can be made, and panics if the process was started before.
+        /// panics, that is printed to stderr, and the child's exit status is 1. So it is if the
+        /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
+        /// `start` fails if stdout cannot be flushed or no process can be made, and panics if the
+        /// process was started before.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
         /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
-        /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.) A target that uses
-        /// the crate rand draws its parent's next numbers, the same in each child, unless it first
-        /// calls `rand::rng().reseed()`.
+        /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.) Once the caller has
+        /// drawn random numbers from the crate rand, each child draws the same next ones, unless
+        /// its target first calls `rand::rng().reseed()`.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise both processes print what is still buffered.

@@ -1,5 +1,5 @@
 //! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
-//! and returns what it must print, with all its processes.
+//! and returns what it and its children must print.
 //!
 //! A program runs in a process of its own, which has a single thread, as the module requires. So
 //! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
@@ -115,7 +115,7 @@ const PROMISES: &[(&str, Program)] = &[
     }),
     ("signals do not interrupt `join`", || {
         handle_sigusr1()?;
-        let mut p = start(signal_parent, ())?;
+        let mut p = start(send_signals, getpid())?;
         p.join()?;
         Ok("")
     }),
@@ -193,10 +193,10 @@ fn handle_sigusr1() -> nix::Result<SigAction> {
     unsafe { signal::sigaction(Signal::SIGUSR1, &action) }
 }
 
-fn signal_parent((): ()) {
+fn send_signals(parent: Pid) {
     for _ in 0..20 {
         thread::sleep(Duration::from_millis(5));
-        signal::kill(getppid(), Signal::SIGUSR1).unwrap();
+        signal::kill(parent, Signal::SIGUSR1).unwrap();
     }
 }
 
@@ -212,7 +212,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
             "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
-            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // its value
+            // The next one is the flag's value, and no word.
+            "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
             flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }
@@ -242,7 +243,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Runs the program of a promise until all its processes have ended, for ten seconds at most.
+/// Runs the program of a promise until all its processes have ended, for half a minute at most.
 fn run(name: &str) -> Result<(), Box<dyn Error>> {
     let program = Command::new(env::current_exe()?)
         .args(["--program", name])
@@ -255,11 +256,11 @@ fn run(name: &str) -> Result<(), Box<dyn Error>> {
     let (sender, receiver) = mpsc::channel();
     // All processes of the program hold the pipes, so the output ends when none is left.
     thread::spawn(move || sender.send(program.wait_with_output()));
-    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) {
+    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(30)) {
         ("", ended?)
     } else {
-        signal::killpg(group, Signal::SIGKILL)?;
-        (", killed after ten seconds", receiver.recv()??)
+        let _ = signal::killpg(group, Signal::SIGKILL); // it fails if the last has just ended
+        (", killed after half a minute", receiver.recv()??)
     };
     let output = String::from_utf8_lossy(&ended.stdout);
     let errors = String::from_utf8_lossy(&ended.stderr);
@@ -273,9 +274,9 @@ fn run(name: &str) -> Result<(), Box<dyn Error>> {
 
 /// Runs the program of a promise in this process, and writes to stderr what it must have printed.
 fn program(name: &str) -> Result<(), Box<dyn Error>> {
-    // Ends this process and each that it forks, even when nobody is left to do so.
+    // Ends this process, and each that it forks, also when the tests have been killed.
     extern "C" fn end_in_time() {
-        alarm::set(20);
+        alarm::set(40);
     }
     end_in_time();
     // SAFETY: the handler sets an alarm, and no more.

@@ -90,7 +90,7 @@ pub mod multiprocessing {
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             if let Err(e) = pool.fork_workers(processes, read_end) {
                 pool.close();
-                let _ = pool.join(); // the workers end because of `e`
+                let _ = pool.join(); // the error to report is `e`
                 return Err(format!("fork: {e}").into());
             }
             Ok(pool)
@@ -174,7 +174,7 @@ pub mod multiprocessing {
             if address == 0 {
                 return ok;
             }
-            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and the caller of that sees
+            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and whoever called it saw
             // to it that the function was there when this worker was forked.
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
             let ended = panic::catch_unwind(|| func(arg));

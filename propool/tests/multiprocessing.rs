@@ -1,5 +1,5 @@
 //! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
-//! and returns what it must print, with all its processes.
+//! and returns what it and its children must print.
 //!
 //! A program runs in a process of its own, which has a single thread, as the module requires. So
 //! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
@@ -20,10 +20,9 @@ use std::{env, panic, thread};
 
 use nix::errno::Errno;
 use nix::libc;
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
 use nix::sys::wait::{WaitStatus, wait, waitpid};
-use nix::unistd::{ForkResult, Pid, alarm, fork, getppid};
+use nix::unistd::{ForkResult, Pid, alarm, fork};
 
 use demo::multiprocessing::Pool;
 
@@ -38,17 +37,17 @@ const PROMISES: &[(&str, Program)] = &[
     ("each task is done once, however many there are", || {
         let mut p = Pool::new(4)?;
         let mut done = Vec::new();
-        for i in 0..20_000 {
+        for i in 0..10_000 {
             p.apply_async(|i| send(&RESULTS, i), i)?;
-            if i >= 1_000 {
+            if i >= 300 {
                 done.push(receive(&RESULTS)); // otherwise the results fill their pipe
             }
         }
         p.close();
         p.join()?;
-        done.extend([(); 1_000].map(|()| receive(&RESULTS)));
+        done.extend([(); 300].map(|()| receive(&RESULTS)));
         done.sort_unstable();
-        assert!(done.into_iter().eq(0..20_000));
+        assert!(done.into_iter().eq(0..10_000));
         send(&RESULTS, usize::MAX);
         assert_eq!(receive(&RESULTS), usize::MAX); // no other result was there
         Ok("")
@@ -191,12 +190,14 @@ const PROMISES: &[(&str, Program)] = &[
     ("a pool can be joined while a later one lives", || {
         let mut first = Pool::new(2)?;
         let mut second = Pool::new(2)?;
+        first.apply_async(|_| thread::sleep(Duration::from_millis(100)), 0)?;
+        second.apply_async(|_| process::exit(3), 0)?;
         first.close();
         first.join()?;
         println!("first");
         second.apply_async(|_| println!("second"), 0)?;
         second.close();
-        second.join()?;
+        assert!(error(second.join()).ends_with(" exited with status 3"));
         Ok("first\nsecond\n")
     }),
     ("a pool that is dropped does its tasks and ends", || {
@@ -208,19 +209,18 @@ const PROMISES: &[(&str, Program)] = &[
         Ok("done\n")
     }),
     ("no task is begun when the parent was killed", || {
-        let kill_the_parent = |_| {
+        let kill_the_parent = |parent: usize| {
             receive(&GATE);
-            let parent = getppid();
-            signal::kill(parent, Signal::SIGKILL).unwrap();
-            while getppid() == parent {
+            signal::kill(Pid::from_raw(parent as i32), Signal::SIGKILL).unwrap();
+            while parent_id() as usize == parent {
                 thread::sleep(Duration::from_millis(1));
             }
         };
         // SAFETY: this process has one thread.
         let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
-            replace(libc::STDERR_FILENO, &io::stdout()); // since the worker must not write to it
+            replace(libc::STDERR_FILENO, &io::stdout()); // so that a word of the worker is seen
             let mut p = Pool::new(1)?;
-            p.apply_async(kill_the_parent, 0)?;
+            p.apply_async(kill_the_parent, id())?;
             p.apply_async(|_| println!("begun"), 0)?;
             p.close();
             send(&GATE, 0);
@@ -262,16 +262,22 @@ const PROMISES: &[(&str, Program)] = &[
         // The limit does not hold for root; a user without rights stays who it is.
         // SAFETY: `setuid` can always be called.
         unsafe { libc::setuid(65_534) };
-        let (_, hard_limit) = getrlimit(Resource::RLIMIT_NPROC)?;
-        let mut limit = 0;
+        let mut limits = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: `getrlimit` writes `limits`, and no more.
+        unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limits) };
+        limits.rlim_cur = 0;
         let mut p = loop {
-            setrlimit(Resource::RLIMIT_NPROC, limit, hard_limit)?;
+            // SAFETY: `setrlimit` reads `limits`, and no more.
+            unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &limits) };
             match Pool::new(2) {
                 Ok(p) => break p,
                 Err(e) => assert!(e.to_string().starts_with("fork: "), "{e}"),
             }
             assert_eq!(wait(), Err(Errno::ECHILD));
-            limit += 1;
+            limits.rlim_cur += 1;
         };
         // Two tasks that need each other, and so two workers:
         p.apply_async(|_| send(&GATE, receive(&RESULTS)), 0)?;
@@ -293,7 +299,12 @@ const PROMISES: &[(&str, Program)] = &[
         );
         lose_output();
         assert!(error(Pool::new(1)).starts_with("stdout: "));
-        setrlimit(Resource::RLIMIT_NOFILE, 0, 0)?;
+        let none = libc::rlimit {
+            rlim_cur: 0,
+            rlim_max: 0,
+        };
+        // SAFETY: `setrlimit` reads `none`, and no more.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) };
         assert!(error(Pool::new(1)).starts_with("pipe: "));
         Ok("")
     }),
@@ -362,8 +373,7 @@ fn lose_output() {
 /// Lays `file` over the descriptor `fd`.
 #[track_caller]
 fn replace(fd: RawFd, file: &impl AsRawFd) {
-    // SAFETY: std uses stdout and stderr by their numbers alone, and a caller that replaces more
-    // uses none of it afterwards.
+    // SAFETY: each descriptor stays open, and no caller relies on what it was.
     assert_eq!(unsafe { libc::dup2(file.as_raw_fd(), fd) }, fd);
 }
 
@@ -387,7 +397,8 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
             "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
-            "-Z" | "--color" | "--format" | "--test-threads" => drop(args.next()), // its value
+            // The next one is the flag's value, and no word.
+            "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
             flag if flag.starts_with('-') => (),
             _ => words.push(arg),
         }
@@ -417,7 +428,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// Runs the program of a promise until all its processes have ended, for ten seconds at most.
+/// Runs the program of a promise until all its processes have ended, for half a minute at most.
 fn run(name: &str) -> Result<(), Box<dyn Error>> {
     let program = Command::new(env::current_exe()?)
         .args(["--program", name])
@@ -430,11 +441,11 @@ fn run(name: &str) -> Result<(), Box<dyn Error>> {
     let (sender, receiver) = mpsc::channel();
     // All processes of the program hold the pipes, so the output ends when none is left.
     thread::spawn(move || sender.send(program.wait_with_output()));
-    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(10)) {
+    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(30)) {
         ("", ended?)
     } else {
-        signal::killpg(group, Signal::SIGKILL)?;
-        (", killed after ten seconds", receiver.recv()??)
+        let _ = signal::killpg(group, Signal::SIGKILL); // it fails if the last has just ended
+        (", killed after half a minute", receiver.recv()??)
     };
     let output = String::from_utf8_lossy(&ended.stdout);
     let errors = String::from_utf8_lossy(&ended.stderr);
@@ -448,9 +459,9 @@ fn run(name: &str) -> Result<(), Box<dyn Error>> {
 
 /// Runs the program of a promise in this process, and writes to stderr what it must have printed.
 fn program(name: &str) -> Result<(), Box<dyn Error>> {
-    // Ends this process and each that it forks, even when nobody is left to do so.
+    // Ends this process, and each that it forks, also when the tests have been killed.
     extern "C" fn end_in_time() {
-        alarm::set(20);
+        alarm::set(40);
     }
     end_in_time();
     // SAFETY: the handler sets an alarm, and no more.

@@ -5,13 +5,14 @@
 //! passes on what it reads. The script for ping first closes its output, then sleeps, then writes
 //! a file: the file exists after the run only if the parent has waited.
 
-use std::fs;
 use std::process::{Command, Output};
+use std::{env, fs};
 
 const SCRIPT: &str = r#"#!/bin/sh
-[ ${0##*/} = grep ] && /bin/cat
+PATH=$TOOLS
+[ ${0##*/} = grep ] && cat
 printf '%s' ${0##*/}; printf ' [%s]' "$@"; echo
-[ ${0##*/} = ping ] && exec >&- 2>&- && /bin/sleep 0.3 && : >"$0.ended"
+[ ${0##*/} = ping ] && exec >&- 2>&- && sleep 0.3 && : >"$0.ended"
 exit 1"#;
 
 const LINES: [&str; 6] = [
@@ -59,8 +60,10 @@ fn run(name: &str, programs: &[&str]) -> Output {
         .env("SCRIPT", SCRIPT)
         .status();
     assert!(written.unwrap().success());
+    let tools = env::var_os("PATH").unwrap_or_default();
     let mut run = Command::new(env!(concat!("CARGO_BIN_EXE_", env!("CARGO_PKG_NAME"))));
-    run.env("PATH", path).output().unwrap()
+    run.env("TOOLS", tools).env("PATH", path);
+    run.output().unwrap()
 }
 
 fn lines(run: &Output) -> Vec<&str> {
