@@ -41,13 +41,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     pr.start()?;
     // Wait for pw to end:
     pw.join()?;
-    q.join()?; // otherwise pr may be terminated before it has got all values, as in Python
+    q.join()?; // otherwise pr may be terminated before it has got all values, as happens in Python
     // The process pr is in an endless loop, so it cannot be waited for, only be terminated:
     pr.terminate()?;
     Ok(())
 }
 
-/// The part of Python's `multiprocessing` that this program needs, and that its tests use.
+/// The part of Python's `multiprocessing` that this program needs; `pub` for its tests.
 pub mod multiprocessing {
     use std::cell::RefCell;
     use std::error::Error;
@@ -64,10 +64,10 @@ pub mod multiprocessing {
     /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
     ///
     /// A process's first call decides its side: `get` makes it the reader, `put` or `join` a
-    /// writer. The process then closes the other side's pipe ends, and a call of the other side
-    /// fails. So start all processes that use the queue before their parent uses it. As long as a
-    /// process has the queue and has made no call, it holds all ends: the others do not notice that
-    /// the reader or the last writer has ended, and may wait for ever.
+    /// writer. The process then closes the other side's pipe ends, so that calls of the other side
+    /// fail in it, and in each process that it starts later: start the other side's processes
+    /// first. As long as a process has the queue and has made no call, it holds all ends: the
+    /// others do not notice that the reader or the last writer has ended, and may wait for ever.
     ///
     /// Several processes may put texts at once, but only one may get them: two would tear the texts
     /// apart. Only one process at a time may be in `join`.
@@ -103,7 +103,7 @@ pub mod multiprocessing {
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
-            self.reader.take(); // as long as a writer held the read end, no write would fail
+            self.reader.take(); // otherwise no write would fail when the reader has ended
             let length = value.len();
             if length > LONGEST {
                 return Err(format!("a text has at most {LONGEST} bytes, not {length}").into());
@@ -114,12 +114,12 @@ pub mod multiprocessing {
 
         /// Takes the next text out of the queue. Waits while there is none. Fails if no writer is
         /// left; a process that has the queue and has not called `get` counts as a writer. So to
-        /// end a loop of `get`s, put a text that means the end, as in Python. Fails as well if
-        /// stdout cannot be flushed, in place of answering a `join`.
+        /// end a loop of `get`s, put a text that means the end, as in Python. Flushes stdout before
+        /// it answers a `join`, and fails if it cannot.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
             let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
-            self.writer.take(); // as long as a reader held the write end, no end-of-file would come
+            self.writer.take(); // otherwise no end-of-file would come when the writers have ended
             let mut number = [0; size_of::<usize>()];
             loop {
                 texts.read_exact(&mut number).map_err(|_| NO_WRITER)?;
@@ -131,7 +131,7 @@ pub mod multiprocessing {
                 }
                 // `terminate` usually comes next, and SIGTERM discards what is still buffered.
                 io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-                // Fails if the process in `join` was killed; other texts may be there still.
+                // Fails if no writer is left: the one in `join` was killed. Texts may be left.
                 let _ = answers.write_all(&number);
             }
         }
@@ -142,7 +142,7 @@ pub mod multiprocessing {
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
-            self.reader.take(); // as long as a writer held these ends, neither call would fail
+            self.reader.take(); // otherwise neither call would fail when the reader has ended
             let request = (LONGEST + process::id() as usize).to_ne_bytes();
             texts.write_all(&request).map_err(|_| NO_READER)?;
             let mut answer = [0; size_of::<usize>()];
@@ -160,7 +160,7 @@ pub mod multiprocessing {
     pub struct Process<A, R> {
         target: fn(A) -> R,
         args: Option<A>,  // `None` once started
-        pid: Option<Pid>, // `Some` from the start until it has been waited for
+        pid: Option<Pid>, // `Some` from `start` to `join`
         terminated: bool, // `true` once `terminate` has sent SIGTERM
     }
 
@@ -176,7 +176,7 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1. So it is if the
+        /// panics, that is printed to stderr. The child's exit status is 1 then, and also if the
         /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
         /// `start` fails if stdout cannot be flushed or no process can be made, and panics if the
         /// process was started before.

@@ -11,7 +11,7 @@ use nix::unistd::{ForkResult, fork, getpid, getppid};
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("Process ({}) start...", getpid());
-    io::stdout().flush()?; // otherwise both processes print what is still buffered
+    io::stdout().flush()?; // otherwise the child may print that line as well
     // SAFETY: this process has one thread, so its child may call any function.
     // Only works on Unix/Linux/Mac:
     match unsafe { fork() }? {
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         ),
         ForkResult::Parent { child } => {
             println!("I ({}) just created a child process ({child}).", getpid());
-            waitpid(child, None)?; // otherwise the parent may end first, and the child gets another
+            waitpid(child, None)?; // otherwise the child may print a new parent's id
         }
     }
     Ok(())

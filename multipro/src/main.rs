@@ -23,7 +23,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The part of Python's `multiprocessing` that this program needs, and that its tests use.
+/// The part of Python's `multiprocessing` that this program needs; `pub` for its tests.
 pub mod multiprocessing {
     use std::error::Error;
     use std::io::{self, Write};
@@ -41,7 +41,7 @@ pub mod multiprocessing {
     pub struct Process<A, R> {
         target: fn(A) -> R,
         args: Option<A>,  // `None` once started
-        pid: Option<Pid>, // `Some` from the start until it has been waited for
+        pid: Option<Pid>, // `Some` from `start` to `join`
     }
 
     impl<A, R: Termination> Process<A, R> {
@@ -55,7 +55,7 @@ pub mod multiprocessing {
         }
 
         /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr, and the child's exit status is 1. So it is if the
+        /// panics, that is printed to stderr. The child's exit status is 1 then, and also if the
         /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
         /// `start` fails if stdout cannot be flushed or no process can be made, and panics if the
         /// process was started before.

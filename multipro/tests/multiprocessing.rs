@@ -5,8 +5,9 @@
 //! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
 //! Cargo.toml).
 //!
-//! To add a promise, copy one. No name may be a part of another's, since a name on the command line
-//! chooses all that contain it.
+//! To add a promise, copy one; the helpers are below the list. What is printed to stderr does not
+//! count. No name may be a part of another's, since a name on the command line chooses all that
+//! contain it.
 
 use std::error::Error;
 use std::io::{self, PipeWriter, Write};
@@ -135,7 +136,7 @@ fn start<A, R: Termination>(target: fn(A) -> R, args: A) -> Result<Process<A, R>
     Ok(p)
 }
 
-/// Runs `target` in a child, which must fail. Returns what `join` says after the child's id.
+/// Runs `target` in a child, which must fail. Returns the error of `join` without the child's id.
 #[track_caller]
 fn failure<R: Termination>(target: fn() -> R) -> String {
     let run = |(target, mut id): (fn() -> R, PipeWriter)| {
@@ -169,7 +170,7 @@ fn lose_output() {
     replace(libc::STDOUT_FILENO, &without_reader);
 }
 
-/// Lays `file` over the descriptor `fd`.
+/// Makes `fd` a descriptor of `file`.
 #[track_caller]
 fn replace(fd: RawFd, file: &impl AsRawFd) {
     // SAFETY: std uses stdout and stderr by their numbers alone.
@@ -202,7 +203,7 @@ fn send_signals(parent: Pid) {
 
 /// Runs the promises whose names contain one of the words, or all if there are none.
 ///
-/// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
+/// `cargo nextest run` first asks for the names (`--list`), and then runs each by its name.
 fn main() -> Result<(), Box<dyn Error>> {
     let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
     let mut args = env::args().skip(1);
@@ -211,7 +212,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--program" => return program(&args.next().unwrap_or_default()),
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
-            "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
+            "--ignored" => words.push(arg), // which no name contains, since no promise is ignored
             // The next one is the flag's value, and no word.
             "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
             flag if flag.starts_with('-') => (),

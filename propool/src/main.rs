@@ -34,7 +34,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The part of Python's `multiprocessing` that this program needs, and that its tests use.
+/// The part of Python's `multiprocessing` that this program needs; `pub` for its tests.
 pub mod multiprocessing {
     use std::error::Error;
     use std::io::{self, PipeReader, PipeWriter, Read, Write};
@@ -48,11 +48,11 @@ pub mod multiprocessing {
     /// Worker processes that read tasks from one pipe; whichever is free takes the next. Only the
     /// process that made a pool may use it.
     ///
-    /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
-    /// do the queued tasks and end, as long as the parent lives. Once the parent has ended, a
-    /// worker ends after its task, and the tasks that are still queued are lost. An idle worker of
-    /// a dropped pool lives as long as any process that was forked after the pool, since that
-    /// process holds the pipe's write end too.
+    /// A pool that is dropped without `join` is not waited for, as with std's `Child`: while the
+    /// parent lives, its workers do the queued tasks, then end. Once the parent has ended, a worker
+    /// ends after its task, and the tasks that are still queued are lost. Without `close`, an idle
+    /// worker does not end before all processes that were forked after the pool have ended, since
+    /// they hold the pipe's write end too.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -96,15 +96,15 @@ pub mod multiprocessing {
             Ok(pool)
         }
 
-        /// Forks the workers. In the parent, `read_end` closes when this returns: as long as the
-        /// parent held it, no write would fail.
+        /// Forks the workers. In the parent, `read_end` closes when this returns: otherwise no
+        /// write would fail when no worker is left.
         fn fork_workers(&mut self, processes: usize, read_end: PipeReader) -> nix::Result<()> {
             let parent = getpid();
             for _ in 0..processes {
                 // SAFETY: the caller of `new` has one thread, so the worker may call any function.
                 match unsafe { fork() }? {
                     ForkResult::Child => {
-                        // As long as a worker held the write end, it would never see end-of-file.
+                        // Otherwise the worker would never see end-of-file.
                         self.tasks = None;
                         // The worker never leaves this arm, so it may take `read_end`.
                         let ended = panic::catch_unwind(|| work(read_end, parent));
@@ -138,7 +138,7 @@ pub mod multiprocessing {
             if let Some(mut tasks) = self.tasks.take() {
                 // It is not enough to close this end: a process forked later holds it as well.
                 for _ in &self.workers {
-                    // A write fails if no worker is left, and `join` says why none is.
+                    // A write fails if no worker is left; `join` says how each has ended.
                     let _ = tasks.write_all(Task::default().as_flattened());
                 }
             }

@@ -5,8 +5,9 @@
 //! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
 //! Cargo.toml).
 //!
-//! To add a promise, copy one. No name may be a part of another's, since a name on the command line
-//! chooses all that contain it.
+//! To add a promise, copy one; the helpers are below the list. What is printed to stderr does not
+//! count. No name may be a part of another's, since a name on the command line chooses all that
+//! contain it.
 
 use std::error::Error;
 use std::fs::File;
@@ -40,7 +41,7 @@ const PROMISES: &[(&str, Program)] = &[
         for i in 0..10_000 {
             p.apply_async(|i| send(&RESULTS, i), i)?;
             if i >= 300 {
-                done.push(receive(&RESULTS)); // otherwise the results fill their pipe
+                done.push(receive(&RESULTS)); // at most 300 wait: more might fill their pipe
             }
         }
         p.close();
@@ -70,16 +71,18 @@ const PROMISES: &[(&str, Program)] = &[
         assert_eq!(failure(&[|_| process::exit(0)]), "exited with status 0");
         let exec = |_| drop(Command::new("true").exec());
         assert_eq!(failure(&[exec]), "exited with status 0");
+        // The numbers beside the one of a worker that has done all as told:
         assert_eq!(failure(&[|_| process::exit(117)]), "exited with status 117");
         assert_eq!(failure(&[|_| process::exit(119)]), "exited with status 119");
         let kill = |_| signal::raise(Signal::SIGKILL).unwrap();
         assert_eq!(failure(&[kill]), "was killed by SIGKILL");
-        let lose_output = |_| lose_output();
-        assert_eq!(failure(&[lose_output]), "exited with status 1");
-        // The worker then reads end-of-file, and no task.
+        assert_eq!(failure(&[|_| lose_output()]), "exited with status 1");
+        // Makes the worker read end-of-file, and no task.
         let lay_null_over_the_pipe = |_| {
             let null = File::open("/dev/null").unwrap();
-            (3..null.as_raw_fd()).for_each(|fd| replace(fd, &null));
+            for fd in 3..null.as_raw_fd() {
+                replace(fd, &null);
+            }
         };
         let tasks: [fn(usize); 2] = [lay_null_over_the_pipe, |_| println!("not done")];
         assert_eq!(failure(&tasks), "exited with status 1");
@@ -216,9 +219,10 @@ const PROMISES: &[(&str, Program)] = &[
                 thread::sleep(Duration::from_millis(1));
             }
         };
+        // The child is the parent of the pool.
         // SAFETY: this process has one thread.
         let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
-            replace(libc::STDERR_FILENO, &io::stdout()); // so that a word of the worker is seen
+            replace(libc::STDERR_FILENO, &io::stdout()); // so that an error fails this test
             let mut p = Pool::new(1)?;
             p.apply_async(kill_the_parent, id())?;
             p.apply_async(|_| println!("begun"), 0)?;
@@ -259,7 +263,7 @@ const PROMISES: &[(&str, Program)] = &[
         Ok("")
     }),
     ("a pool that cannot be made leaves no worker", || {
-        // The limit does not hold for root; a user without rights stays who it is.
+        // The limit does not hold for root. For another user, `setuid` just fails.
         // SAFETY: `setuid` can always be called.
         unsafe { libc::setuid(65_534) };
         let mut limits = libc::rlimit {
@@ -268,6 +272,7 @@ const PROMISES: &[(&str, Program)] = &[
         };
         // SAFETY: `getrlimit` writes `limits`, and no more.
         unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limits) };
+        // One more process each time, so that at some limit only the second fork fails:
         limits.rlim_cur = 0;
         let mut p = loop {
             // SAFETY: `setrlimit` reads `limits`, and no more.
@@ -340,7 +345,8 @@ fn id() -> usize {
     process::id() as usize
 }
 
-/// Lets one worker do the tasks, and it must fail. Returns what `join` says after the worker's id.
+/// Lets one worker do the tasks, and it must fail. Returns the error of `join` without the
+/// worker's id.
 #[track_caller]
 fn failure(tasks: &[fn(usize)]) -> String {
     let send_id_and_wait: fn(usize) = |_| {
@@ -370,7 +376,7 @@ fn lose_output() {
     replace(libc::STDOUT_FILENO, &without_reader);
 }
 
-/// Lays `file` over the descriptor `fd`.
+/// Makes `fd` a descriptor of `file`.
 #[track_caller]
 fn replace(fd: RawFd, file: &impl AsRawFd) {
     // SAFETY: each descriptor stays open, and no caller relies on what it was.
@@ -387,7 +393,7 @@ impl Drop for PrintsWhenDropped {
 
 /// Runs the promises whose names contain one of the words, or all if there are none.
 ///
-/// `cargo nextest run` first asks for the names (`--list`), and then runs each one (`--exact`).
+/// `cargo nextest run` first asks for the names (`--list`), and then runs each by its name.
 fn main() -> Result<(), Box<dyn Error>> {
     let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
     let mut args = env::args().skip(1);
@@ -396,7 +402,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             "--program" => return program(&args.next().unwrap_or_default()),
             "--list" => list = true,
             "--skip" => skip.extend(args.next()),
-            "--ignored" => words.push(arg), // no name contains it, and no promise is ignored
+            "--ignored" => words.push(arg), // which no name contains, since no promise is ignored
             // The next one is the flag's value, and no word.
             "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
             flag if flag.starts_with('-') => (),
