@@ -348,8 +348,8 @@ const PROMISES: &[(&str, Program)] = &[
     }),
     ("signals do not interrupt a queue", || {
         let read = |(q, parent): (&Queue, _)| {
-            send_signals(parent); // while the parent waits for room
-            for _ in 0..100 {
+            for _ in 0..40 {
+                send_signal(parent); // while the parent waits for room, in `put` and then in `join`
                 q.get()?;
             }
             send_signals(parent); // while the parent waits for the answer
@@ -362,7 +362,7 @@ const PROMISES: &[(&str, Program)] = &[
         handle_sigusr1()?;
         let (first, second) = (Queue::new()?, Queue::new()?);
         let mut pr = start(read, (&first, getpid()))?;
-        for _ in 0..100 {
+        for _ in 0..40 {
             first.put(&"x".repeat(LONGEST))?;
         }
         first.join()?;
@@ -490,9 +490,14 @@ fn handle_sigusr1() -> nix::Result<SigAction> {
 
 fn send_signals(parent: Pid) {
     for _ in 0..20 {
-        thread::sleep(Duration::from_millis(5));
-        signal::kill(parent, Signal::SIGUSR1).unwrap();
+        send_signal(parent);
     }
+}
+
+fn send_signal(parent: Pid) {
+    thread::sleep(Duration::from_millis(5)); // so that the parent waits
+    signal::kill(parent, Signal::SIGUSR1).unwrap();
+    thread::sleep(Duration::from_millis(5)); // so that the parent is interrupted
 }
 
 /// Puts texts of the greatest length until no reader is left.
