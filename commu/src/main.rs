@@ -61,90 +61,90 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// A queue of texts with one reader: a pipe for the texts, and one for the answers to `join`.
+    /// A queue of values, which are strings. Any number of processes may put values, but only one
+    /// may get them: two would each get parts of a value. One process at a time may be in `join`.
     ///
-    /// A process's first call decides its side: `get` makes it the reader, `put` or `join` a
-    /// writer. The process then closes the other side's pipe ends, so that calls of the other side
-    /// fail in it, and in each process that it starts later: start the other side's processes
-    /// first. As long as a process has the queue and has made no call, it holds all ends: the
-    /// others do not notice that the reader or the last writer has ended, and may wait for ever.
-    ///
-    /// Several processes may put texts at once, but only one may get them: two would tear the texts
-    /// apart. Only one process at a time may be in `join`.
+    /// `get` makes a process the reader, `put` or `join` a writer: for good, and with it every
+    /// process that it starts afterwards. Until its first call, every process that was started
+    /// after the queue was made counts as both, even if the queue is not passed to it, and so does
+    /// the one that made it. While such a process lives, the others do not notice that the reader,
+    /// or the last writer, has ended, and may wait for ever.
     pub struct Queue {
-        reader: RefCell<Option<(PipeReader, PipeWriter)>>, // texts, answers; `None` in a writer
-        writer: RefCell<Option<(PipeReader, PipeWriter)>>, // answers, texts; `None` in the reader
+        // Reads values, and writes the answers to `join`; `None` in a writer:
+        reader: RefCell<Option<(PipeReader, PipeWriter)>>,
+        // Reads the answers, and writes values; `None` in the reader:
+        writer: RefCell<Option<(PipeReader, PipeWriter)>>,
     }
 
-    /// The length in bytes of the longest text: the kernel writes up to `PIPE_BUF` bytes in one
-    /// piece, and the length precedes a text. A larger number in place of a length comes from a
-    /// process in `join`: `LONGEST` plus that process's id.
+    /// The length in bytes of the longest value. Each message begins with a number: up to
+    /// `LONGEST`, it is the length of the value that follows; above, it is a request from `join`,
+    /// `LONGEST` plus the caller's process id. The kernel writes a message of up to `PIPE_BUF`
+    /// bytes in one piece, so the messages of several writers do not interleave.
     const LONGEST: usize = PIPE_BUF - size_of::<usize>();
 
-    const OTHER_SIDE: &str = "this process is on the other side of the queue";
-    // The errors when the pipe ends of the other side are all closed:
+    const NOT_BOTH: &str = "a process cannot be both the reader and a writer of a queue";
     const NO_READER: &str = "no reader of the queue is left";
     const NO_WRITER: &str = "no writer of the queue is left";
 
     impl Queue {
         /// Makes an empty queue. Fails if a pipe cannot be made.
         pub fn new() -> Result<Self, Box<dyn Error>> {
-            let texts = io::pipe().map_err(|e| format!("pipe: {e}"))?;
+            let values = io::pipe().map_err(|e| format!("pipe: {e}"))?;
             let answers = io::pipe().map_err(|e| format!("pipe: {e}"))?;
             Ok(Queue {
-                reader: RefCell::new(Some((texts.0, answers.1))),
-                writer: RefCell::new(Some((answers.0, texts.1))),
+                reader: RefCell::new(Some((values.0, answers.1))),
+                writer: RefCell::new(Some((answers.0, values.1))),
             })
         }
 
-        /// Puts a text into the queue. Waits while the pipe is full (64 KiB as a rule: 16 of the
-        /// longest texts, or thousands of short ones). Fails if no reader is left, or if the text
-        /// has more than 4,088 bytes (504 on macOS).
+        /// Puts a value into the queue. Waits while the pipe is full (64 KiB as a rule: 16 of the
+        /// longest values, or thousands of short ones). Fails in the reader, if no reader is left,
+        /// and if the value has more than 4,088 bytes (504 on macOS).
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
-            let (_, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
+            let (_, values) = writer.as_mut().ok_or(NOT_BOTH)?;
             self.reader.take(); // otherwise no write would fail when the reader has ended
             let length = value.len();
             if length > LONGEST {
-                return Err(format!("a text has at most {LONGEST} bytes, not {length}").into());
+                return Err(format!("a value has at most {LONGEST} bytes, not {length}").into());
             }
             let message = [&length.to_ne_bytes(), value.as_bytes()].concat();
-            texts.write_all(&message).map_err(|_| NO_READER.into())
+            values.write_all(&message).map_err(|_| NO_READER.into())
         }
 
-        /// Takes the next text out of the queue. Waits while there is none. Fails if no writer is
-        /// left; a process that has the queue and has not called `get` counts as a writer. So to
-        /// end a loop of `get`s, put a text that means the end, as in Python. Flushes stdout before
-        /// it answers a `join`, and fails if it cannot.
+        /// Takes the next value out of the queue. Waits while there is none. Fails in a writer, and
+        /// once no writer is left. A process that has made no call yet counts as a writer, so end a
+        /// loop of `get`s by a value that means the end, as in Python. Flushes stdout before it
+        /// answers a `join`, and fails if it cannot.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
-            let (texts, answers) = reader.as_mut().ok_or(OTHER_SIDE)?;
+            let (values, answers) = reader.as_mut().ok_or(NOT_BOTH)?;
             self.writer.take(); // otherwise no end-of-file would come when the writers have ended
             let mut number = [0; size_of::<usize>()];
             loop {
-                texts.read_exact(&mut number).map_err(|_| NO_WRITER)?;
+                values.read_exact(&mut number).map_err(|_| NO_WRITER)?;
                 let length = usize::from_ne_bytes(number);
                 if length <= LONGEST {
                     let mut value = vec![0; length];
-                    texts.read_exact(&mut value)?;
+                    values.read_exact(&mut value)?;
                     return Ok(String::from_utf8(value)?);
                 }
                 // `terminate` usually comes next, and SIGTERM discards what is still buffered.
                 io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-                // Fails if no writer is left: the one in `join` was killed. Texts may be left.
+                // An error means that the process in `join` was killed; the pipe may hold values.
                 let _ = answers.write_all(&number);
             }
         }
 
-        /// Waits until the reader has finished with all texts, that is, calls `get` after the last
-        /// one, like the `join` of Python's `JoinableQueue`. Fails if no reader is left, even if
-        /// all texts have been read.
+        /// Waits until the reader has finished with all values, that is, calls `get` after the last
+        /// one, like the `join` of Python's `JoinableQueue`. Fails in the reader, and if no reader
+        /// is left, even if all values have been read.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
-            let (answers, texts) = writer.as_mut().ok_or(OTHER_SIDE)?;
+            let (answers, values) = writer.as_mut().ok_or(NOT_BOTH)?;
             self.reader.take(); // otherwise neither call would fail when the reader has ended
             let request = (LONGEST + process::id() as usize).to_ne_bytes();
-            texts.write_all(&request).map_err(|_| NO_READER)?;
+            values.write_all(&request).map_err(|_| NO_READER)?;
             let mut answer = [0; size_of::<usize>()];
             // Another answer than this process's own is for one that was killed in `join`.
             while answer != request {
@@ -159,7 +159,7 @@ pub mod multiprocessing {
     /// A process that is dropped without `join` is not waited for, as with std's `Child`.
     pub struct Process<A, R> {
         target: fn(A) -> R,
-        args: Option<A>,  // `None` once started
+        args: Option<A>, // `None` once started: the child has it, the parent's copy is dropped
         pid: Option<Pid>, // `Some` from `start` to `join`
         terminated: bool, // `true` once `terminate` has sent SIGTERM
     }
@@ -178,12 +178,14 @@ pub mod multiprocessing {
         /// Starts the child, which calls the target and ends. If the target returns an error or
         /// panics, that is printed to stderr. The child's exit status is 1 then, and also if the
         /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
-        /// `start` fails if stdout cannot be flushed or no process can be made, and panics if the
-        /// process was started before.
+        /// `start` fails if stdout cannot be flushed or no process can be made, and panics, as
+        /// Python raises an AssertionError, if the process was started before. The parent's copy of
+        /// `args` is dropped: that must not remove what the child needs, such as a temporary file.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
-        /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
+        /// so a lock that another one holds stays locked in the child for ever. Make an async
+        /// runtime, even one without threads, in the child: two copies get each other's events.
+        /// (This ought to be an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise both processes print what is still buffered.
@@ -224,7 +226,7 @@ pub mod multiprocessing {
                     Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
                     Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
                     Ok(_) | Err(Errno::EINTR) => continue, // the child has not ended yet
-                    Err(e) => format!("cannot be waited for: {e}"),
+                    Err(e) => format!("has an unknown exit status: {e}"),
                 };
                 return Err(format!("process {pid} {failure}").into());
             }

@@ -32,7 +32,7 @@ use demo::multiprocessing::{Process, Queue};
 #[allow(dead_code)]
 mod demo;
 
-/// The length of the longest text that a queue takes.
+/// The length of the longest value that a queue takes.
 const LONGEST: usize = libc::PIPE_BUF - size_of::<usize>();
 
 const NO_READER: &str = "no reader of the queue is left";
@@ -74,7 +74,7 @@ const PROMISES: &[(&str, Program)] = &[
         // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
         // SAFETY: no handler is set.
         unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-        assert!(failure(|| ()).starts_with("cannot be waited for: ECHILD"));
+        assert!(failure(|| ()).starts_with("has an unknown exit status: ECHILD"));
         Ok("")
     }),
     ("an error of the target is shown like one of `main`", || {
@@ -128,7 +128,7 @@ const PROMISES: &[(&str, Program)] = &[
         p.join()?;
         Ok("")
     }),
-    ("a misuse is a panic in Python's words", || {
+    ("a misuse is a panic with Python's message", || {
         let mut p = Process::new(|()| (), ());
         assert_eq!(misuse(|| p.join()), "can only join a started process");
         p.start()?;
@@ -183,7 +183,7 @@ const PROMISES: &[(&str, Program)] = &[
         assert!(error(unknown.terminate()).contains(" cannot be terminated: ESRCH"));
         Ok("")
     }),
-    ("texts come out as they were put, in turn", || {
+    ("values come out as they were put, in order", || {
         let put = |q: &Queue| {
             q.put("进程\n")?;
             q.put("")?;
@@ -197,12 +197,12 @@ const PROMISES: &[(&str, Program)] = &[
         pw.join()?;
         Ok("")
     }),
-    ("a text that is too long is refused each time", || {
+    ("a value that is too long is refused each time", || {
         let put = |q: &Queue| {
             let too_long = "x".repeat(LONGEST + 1);
-            let words = format!("a text has at most {LONGEST} bytes, not {}", LONGEST + 1);
-            assert_eq!(error(q.put(&too_long)), words);
-            assert_eq!(error(q.put(&too_long)), words);
+            let message = format!("a value has at most {LONGEST} bytes, not {}", LONGEST + 1);
+            assert_eq!(error(q.put(&too_long)), message);
+            assert_eq!(error(q.put(&too_long)), message);
             error(q.put(&"文".repeat(LONGEST / 3 + 1))); // three bytes each
             q.put("A")
         };
@@ -212,26 +212,26 @@ const PROMISES: &[(&str, Program)] = &[
         pw.join()?;
         Ok("")
     }),
-    ("texts of several writers come whole, in turn", || {
-        fn text(writer: usize, i: usize) -> String {
+    ("values of several writers do not interleave", || {
+        fn value(writer: usize, i: usize) -> String {
             let length = LONGEST - i % 100;
             format!("{:x<length$}", format!("{writer} {i} "))
         }
-        let put = |(q, writer): (&Queue, _)| (0..300).try_for_each(|i| q.put(&text(writer, i)));
+        let put = |(q, writer): (&Queue, _)| (0..300).try_for_each(|i| q.put(&value(writer, i)));
         let q = Queue::new()?;
         let mut writers = [0, 1, 2, 3].map(|writer| Process::new(put, (&q, writer)));
         writers.iter_mut().try_for_each(Process::start)?;
         let mut next = [0; 4];
         for _ in 0..4 * 300 {
-            let value = q.get()?;
-            let writer: usize = value[..1].parse()?;
-            assert_eq!(value, text(writer, next[writer]));
+            let got = q.get()?;
+            let writer: usize = got[..1].parse()?;
+            assert_eq!(got, value(writer, next[writer]));
             next[writer] += 1;
         }
         writers.iter_mut().try_for_each(Process::join)?;
         Ok("")
     }),
-    ("a writer that is killed leaves whole texts", || {
+    ("a writer that is killed leaves values intact", || {
         let q = Queue::new()?;
         let mut pw = start(fill, &q)?;
         thread::sleep(Duration::from_millis(100)); // so that the writer waits for room
@@ -330,18 +330,18 @@ const PROMISES: &[(&str, Program)] = &[
         pw.join()?;
         Ok("")
     }),
-    ("a process is on one side of a queue", || {
-        const OTHER_SIDE: &str = "this process is on the other side of the queue";
+    ("a process is either the reader or a writer", || {
+        const NOT_BOTH: &str = "a process cannot be both the reader and a writer of a queue";
         let write = |q: &Queue| {
             q.put("A")?;
-            assert_eq!(error(q.get()), OTHER_SIDE);
+            assert_eq!(error(q.get()), NOT_BOTH);
             q.put("B")
         };
         let q = Queue::new()?;
         let mut pw = start(write, &q)?;
         assert_eq!(q.get()?, "A");
-        assert_eq!(error(q.put("C")), OTHER_SIDE);
-        assert_eq!(error(q.join()), OTHER_SIDE);
+        assert_eq!(error(q.put("C")), NOT_BOTH);
+        assert_eq!(error(q.join()), NOT_BOTH);
         assert_eq!(q.get()?, "B");
         pw.join()?;
         Ok("")
@@ -356,7 +356,7 @@ const PROMISES: &[(&str, Program)] = &[
             q.get().map(drop)
         };
         let write = |(q, parent): (&Queue, _)| {
-            send_signals(parent); // while the parent waits for a text
+            send_signals(parent); // while the parent waits for a value
             q.put("A")
         };
         handle_sigusr1()?;
@@ -449,12 +449,12 @@ fn error<T>(result: Result<T, Box<dyn Error>>) -> String {
     result.err().expect("no error").to_string()
 }
 
-/// Returns the words of the panic in `call`.
+/// Returns the message of the panic in `call`.
 #[track_caller]
 fn misuse<T>(call: impl FnOnce() -> T) -> &'static str {
     let ended = panic::catch_unwind(AssertUnwindSafe(call));
     let payload = ended.err().expect("no panic");
-    payload.downcast_ref::<&str>().expect("no words")
+    payload.downcast_ref::<&str>().expect("no message")
 }
 
 /// Leaves an unfinished line that cannot be flushed, since nobody reads it.
@@ -500,7 +500,7 @@ fn send_signal(parent: Pid) {
     thread::sleep(Duration::from_millis(5)); // so that the parent is interrupted
 }
 
-/// Puts texts of the greatest length until no reader is left.
+/// Puts values of the greatest length until no reader is left.
 fn fill(q: &Queue) {
     while q.put(&"x".repeat(LONGEST)).is_ok() {}
 }

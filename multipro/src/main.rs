@@ -40,7 +40,7 @@ pub mod multiprocessing {
     /// A process that is dropped without `join` is not waited for, as with std's `Child`.
     pub struct Process<A, R> {
         target: fn(A) -> R,
-        args: Option<A>,  // `None` once started
+        args: Option<A>, // `None` once started: the child has it, the parent's copy is dropped
         pid: Option<Pid>, // `Some` from `start` to `join`
     }
 
@@ -57,14 +57,16 @@ pub mod multiprocessing {
         /// Starts the child, which calls the target and ends. If the target returns an error or
         /// panics, that is printed to stderr. The child's exit status is 1 then, and also if the
         /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
-        /// `start` fails if stdout cannot be flushed or no process can be made, and panics if the
-        /// process was started before.
+        /// `start` fails if stdout cannot be flushed or no process can be made, and panics, as
+        /// Python raises an AssertionError, if the process was started before. The parent's copy of
+        /// `args` is dropped: that must not remove what the child needs, such as a temporary file.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the child for ever. (It ought to be
-        /// an `unsafe fn`; it is not, so that `p.start()?` reads like Python.) Once the caller has
-        /// drawn random numbers from the crate rand, each child draws the same next ones, unless
-        /// its target first calls `rand::rng().reseed()`.
+        /// so a lock that another one holds stays locked in the child for ever. Make an async
+        /// runtime, even one without threads, in the child: two copies get each other's events.
+        /// (This ought to be an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
+        /// Once the caller has drawn random numbers from the crate rand, each child draws the same
+        /// next ones, unless its target first calls `rand::rng().reseed()`.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Otherwise both processes print what is still buffered.
@@ -100,7 +102,7 @@ pub mod multiprocessing {
                     Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
                     Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
                     Ok(_) | Err(Errno::EINTR) => continue, // the child has not ended yet
-                    Err(e) => format!("cannot be waited for: {e}"),
+                    Err(e) => format!("has an unknown exit status: {e}"),
                 };
                 return Err(format!("process {pid} {failure}").into());
             }

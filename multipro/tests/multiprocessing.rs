@@ -66,7 +66,7 @@ const PROMISES: &[(&str, Program)] = &[
         // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
         // SAFETY: no handler is set.
         unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-        assert!(failure(|| ()).starts_with("cannot be waited for: ECHILD"));
+        assert!(failure(|| ()).starts_with("has an unknown exit status: ECHILD"));
         Ok("")
     }),
     ("an error of the target is shown like one of `main`", || {
@@ -120,7 +120,7 @@ const PROMISES: &[(&str, Program)] = &[
         p.join()?;
         Ok("")
     }),
-    ("a misuse is a panic in Python's words", || {
+    ("a misuse is a panic with Python's message", || {
         let mut p = Process::new(|()| (), ());
         assert_eq!(misuse(|| p.join()), "can only join a started process");
         p.start()?;
@@ -155,12 +155,12 @@ fn error<T>(result: Result<T, Box<dyn Error>>) -> String {
     result.err().expect("no error").to_string()
 }
 
-/// Returns the words of the panic in `call`.
+/// Returns the message of the panic in `call`.
 #[track_caller]
 fn misuse<T>(call: impl FnOnce() -> T) -> &'static str {
     let ended = panic::catch_unwind(AssertUnwindSafe(call));
     let payload = ended.err().expect("no panic");
-    payload.downcast_ref::<&str>().expect("no words")
+    payload.downcast_ref::<&str>().expect("no message")
 }
 
 /// Leaves an unfinished line that cannot be flushed, since nobody reads it.

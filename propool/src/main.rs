@@ -46,13 +46,13 @@ pub mod multiprocessing {
     use nix::unistd::{ForkResult, Pid, fork, getpid, getppid};
 
     /// Worker processes that read tasks from one pipe; whichever is free takes the next. Only the
-    /// process that made a pool may use it.
+    /// process that made a pool may call its methods.
     ///
     /// A pool that is dropped without `join` is not waited for, as with std's `Child`: while the
-    /// parent lives, its workers do the queued tasks, then end. Once the parent has ended, a worker
-    /// ends after its task, and the tasks that are still queued are lost. Without `close`, an idle
-    /// worker does not end before all processes that were forked after the pool have ended, since
-    /// they hold the pipe's write end too.
+    /// parent lives, its workers do the queued tasks, then end. A worker that sees that the parent
+    /// has ended begins no task, and ends; tasks that are still queued are then lost. Without
+    /// `close`, an idle worker does not end before all processes that were forked after the pool
+    /// have ended, since they hold the pipe's write end too.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -75,8 +75,9 @@ pub mod multiprocessing {
         /// flushed, or if the pipe or one of the processes cannot be made; then no worker is left.
         ///
         /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another thread holds stays locked in the workers for ever. (It ought to
-        /// be an `unsafe fn`; it is not, so that `Pool::new(4)?` reads like Python.)
+        /// so a lock that another one holds stays locked in the workers for ever. Make an async
+        /// runtime, even one without threads, in a task: its copies get each other's events. (This
+        /// ought to be an `unsafe fn`; it is not, so that `Pool::new(4)?` reads like Python.)
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
@@ -88,42 +89,36 @@ pub mod multiprocessing {
             };
             // Otherwise all processes print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-            if let Err(e) = pool.fork_workers(processes, read_end) {
-                pool.close();
-                let _ = pool.join(); // the error to report is `e`
-                return Err(format!("fork: {e}").into());
-            }
-            Ok(pool)
-        }
-
-        /// Forks the workers. In the parent, `read_end` closes when this returns: otherwise no
-        /// write would fail when no worker is left.
-        fn fork_workers(&mut self, processes: usize, read_end: PipeReader) -> nix::Result<()> {
-            let parent = getpid();
+            let parent = getpid(); // before the forks, since a worker may lose this parent
             for _ in 0..processes {
-                // SAFETY: the caller of `new` has one thread, so the worker may call any function.
-                match unsafe { fork() }? {
-                    ForkResult::Child => {
-                        // Otherwise the worker would never see end-of-file.
-                        self.tasks = None;
-                        // The worker never leaves this arm, so it may take `read_end`.
+                // SAFETY: the caller has one thread, so the worker may call any function.
+                match unsafe { fork() } {
+                    Ok(ForkResult::Child) => {
+                        pool.tasks = None; // otherwise the worker would never see end-of-file
+                        // `read_end` may be moved in this loop, since `_exit` does not return.
                         let ended = panic::catch_unwind(|| work(read_end, parent));
                         let ok = matches!(ended, Ok(true));
                         let flushed = io::stdout().flush().is_ok(); // since `_exit` does not flush
                         // SAFETY: `_exit` can always be called; it skips the exit handlers.
                         unsafe { _exit(if ok && flushed { DONE } else { 1 }) }
                     }
-                    ForkResult::Parent { child } => self.workers.push(child),
+                    Ok(ForkResult::Parent { child }) => pool.workers.push(child),
+                    Err(e) => {
+                        pool.close();
+                        let _ = pool.join(); // the error to report is `e`
+                        return Err(format!("fork: {e}").into());
+                    }
                 }
             }
-            Ok(())
+            Ok(pool) // closes `read_end`: otherwise no write would fail when no worker is left
         }
 
         /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on
-        /// most systems at 4,096 tasks. Fails after `close`, and once neither a worker nor a
-        /// process that a task has forked is left.
+        /// most systems at 4,096 tasks. Fails after `close`, where Python raises a ValueError, and
+        /// once neither a worker nor a process that a task has forked is left.
         ///
         /// `func` must be in the program, or in a library that was loaded before the pool was made.
+        /// (This ought to be an `unsafe fn` as well; it is not, for the same reason as `new`.)
         pub fn apply_async(&mut self, func: fn(usize), arg: usize) -> Result<(), Box<dyn Error>> {
             let tasks = self.tasks.as_mut().ok_or("Pool not running")?;
             let task: Task = [func as usize, arg].map(usize::to_ne_bytes);
@@ -146,8 +141,8 @@ pub mod multiprocessing {
 
         /// Waits for all workers to end; does nothing the second time. Fails before `close`. Fails
         /// if a task panicked, or if a worker was killed, ended before it was told to stop, could
-        /// not flush stdout or cannot be waited for; the error says how each such worker ended. (A
-        /// task that exits with status 118 is not noticed.)
+        /// not flush stdout or has an unknown exit status; the error says how each such worker
+        /// ended. (A task that exits with status 118 is not noticed.)
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
@@ -165,11 +160,12 @@ pub mod multiprocessing {
         // Otherwise the workers may all draw the same numbers.
         rand::rng().reseed().expect("cannot reseed");
         let ids = (getpid(), parent);
+        let goes_on = || (getpid(), getppid()) == ids;
         let mut ok = true;
         let mut task = Task::default();
-        // A worker whose parent has ended takes no more tasks. Nor does a process that a task has
-        // forked, when it returns from that task.
-        while (getpid(), getppid()) == ids && tasks.read_exact(task.as_flattened_mut()).is_ok() {
+        // The first look is for a process that a task has forked: when it returns from the task, it
+        // must not read another. The second is since the parent may end while the worker waits.
+        while goes_on() && tasks.read_exact(task.as_flattened_mut()).is_ok() && goes_on() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
                 return ok;
@@ -192,7 +188,7 @@ pub mod multiprocessing {
                 Ok(WaitStatus::Exited(_, status)) => format!("exited with status {status}"),
                 Ok(WaitStatus::Signaled(_, signal, _)) => format!("was killed by {signal}"),
                 Ok(_) | Err(Errno::EINTR) => continue, // the worker has not ended yet
-                Err(e) => format!("cannot be waited for: {e}"),
+                Err(e) => format!("has an unknown exit status: {e}"),
             };
             return Some(format!("worker {worker} {failure}"));
         }
