@@ -1,29 +1,22 @@
-//! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
-//! and returns what it and its children must print.
+//! What `mod multiprocessing` promises, each promise by a small program that uses it.
 //!
-//! A program runs in a process of its own, which has a single thread, as the module requires. So
-//! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
-//! Cargo.toml).
-//!
-//! To add a promise, copy one; the helpers are below the list. What is printed to stderr does not
-//! count. No name may be a part of another's, since a name on the command line chooses all that
-//! contain it.
+//! To add one, copy a `promise!`, and change its name and its program; the text that the program
+//! returns is what must be printed. Any test in this file, and in another that has the same
+//! `mod demo`, reaches what is `pub` in `main.rs` as `demo::…`.
 
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::process::CommandExt;
 use std::panic::{self, AssertUnwindSafe};
-use std::process::{self, Command, ExitCode, Stdio, Termination};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::process::{self, Command, ExitCode, Termination};
+use std::time::{Duration, Instant};
 use std::{env, thread};
 
 use nix::libc;
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
-use nix::sys::wait::{WaitPidFlag, waitpid};
-use nix::unistd::{Pid, alarm, getpid, getppid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, alarm, fork, getpid, getppid, setpgid};
 
 use demo::multiprocessing::{Process, Queue};
 
@@ -40,389 +33,428 @@ const NO_WRITER: &str = "no writer of the queue is left";
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-const PROMISES: &[(&str, Program)] = &[
-    ("the target gets its argument, in a child", || {
-        let run_proc = |(name, parent)| {
-            assert_eq!(getppid(), parent);
-            println!("{name}");
-        };
-        let mut p = Process::new(run_proc, ("test", getpid()));
-        p.start()?;
-        p.join()?;
-        Ok("test\n")
-    }),
-    ("`join` waits for its own child, once", || {
-        let sleep = |()| {
-            thread::sleep(Duration::from_millis(100));
-            println!("child");
-        };
-        let mut slow = start(sleep, ())?;
-        let mut quick = start(|()| process::exit(3), ())?;
-        slow.join()?;
-        println!("parent");
-        assert!(error(quick.join()).ends_with(" exited with status 3"));
-        quick.join()?;
-        Ok("child\nparent\n")
-    }),
-    ("`join` says how a child has failed", || {
-        assert_eq!(failure(|| Err::<(), _>("no")), "exited with status 1");
-        assert_eq!(failure(|| ExitCode::from(3)), "exited with status 1");
-        assert_eq!(failure(|| panic!("no")), "exited with status 1");
-        assert_eq!(failure(|| process::exit(3)), "exited with status 3");
-        let kill = || signal::raise(Signal::SIGTERM);
-        assert_eq!(failure(kill), "was killed by SIGTERM");
-        // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
-        // SAFETY: no handler is set.
-        unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-        assert!(failure(|| ()).starts_with("has an unknown exit status: ECHILD"));
-        Ok("")
-    }),
-    ("an error of the target is shown like one of `main`", || {
-        failure(|| {
-            replace(libc::STDERR_FILENO, &io::stdout());
-            Err::<(), _>("on purpose")
-        });
-        Ok("Error: \"on purpose\"\n")
-    }),
-    ("an unfinished line comes out once", || {
-        print!("parent, ");
-        failure(|| {
-            print!("child, ");
-            panic!("on purpose");
-        });
-        print!("end");
-        Ok("parent, child, end")
-    }),
-    ("a child whose output is lost has failed", || {
-        assert_eq!(failure(lose_output), "exited with status 1");
-        lose_output();
-        let mut p = Process::new(|()| (), ());
-        assert!(error(p.start()).starts_with("stdout: "));
-        assert_eq!(misuse(|| p.join()), "can only join a started process");
-        Ok("")
-    }),
-    ("a panic goes no further than its child", || {
-        extern "C" fn handler() {
-            println!("exit handler");
+/// A promise is a program that asserts, and returns what it and its children must print to stdout.
+/// This makes it a test, which runs the program in a process of its own: that has a single thread,
+/// as the module requires, and is ended after half a minute.
+macro_rules! promise {
+    ($name:ident, $program:expr) => {
+        #[test]
+        fn $name() {
+            run(stringify!($name), $program);
         }
-        // SAFETY: the handler prints, and no more.
-        unsafe { libc::atexit(handler) };
-        panic::set_hook(Box::new(|_| println!("shown")));
-        let _in_the_parent = PrintsWhenDropped;
-        failure(|| panic::panic_any(PrintsWhenDropped));
-        Ok("shown\ndropped\nexit handler\n")
-    }),
-    ("a process that is dropped goes on", || {
-        let outlive = |parent| {
-            while getppid() == parent {
-                thread::sleep(Duration::from_millis(1));
-            }
-            println!("child");
-        };
-        start(outlive, getpid())?; // which drops it
-        Ok("child\n")
-    }),
-    ("signals do not interrupt `join`", || {
-        handle_sigusr1()?;
-        let mut p = start(send_signals, getpid())?;
-        p.join()?;
-        Ok("")
-    }),
-    ("a misuse is a panic with Python's message", || {
-        let mut p = Process::new(|()| (), ());
-        assert_eq!(misuse(|| p.join()), "can only join a started process");
-        p.start()?;
-        assert_eq!(misuse(|| p.start()), "cannot start a process twice");
-        p.join()?;
-        Ok("")
-    }),
-    ("each child draws new random numbers", || {
-        let draw = |q: &Queue| q.put(&rand::random::<u64>().to_string());
-        let mut numbers = vec![rand::random::<u64>().to_string()];
-        let q = Queue::new()?;
-        start(draw, &q)?;
-        start(draw, &q)?;
-        numbers.extend([q.get()?, q.get()?, rand::random::<u64>().to_string()]);
-        numbers.sort();
-        numbers.dedup();
-        assert_eq!(numbers.len(), 4);
-        Ok("")
-    }),
-    ("`terminate` ends even a child that is stopped", || {
-        let mut p = start(|()| signal::raise(Signal::SIGSTOP), ())?;
-        waitpid(None, Some(WaitPidFlag::WUNTRACED))?; // until the child is stopped
-        p.terminate()?;
-        p.join()?;
-        Ok("")
-    }),
-    ("`terminate` waits, and says how a child fails", || {
-        fn terminate(target: fn()) -> Result<(), Box<dyn Error>> {
-            let mut p = start(|target: fn()| target(), target)?;
-            p.terminate()
+    };
+}
+
+promise!(the_target_gets_its_argument_in_a_child, || {
+    let run_proc = |(name, parent)| {
+        assert_eq!(getppid(), parent);
+        println!("{name}");
+    };
+    let mut p = Process::new(run_proc, ("test", getpid()));
+    p.start()?;
+    p.join()?;
+    Ok("test\n")
+});
+
+promise!(join_waits_for_its_own_child_once, || {
+    let sleep = |()| {
+        thread::sleep(Duration::from_millis(100));
+        println!("child");
+    };
+    let mut slow = start(sleep, ())?;
+    let mut quick = start(|()| process::exit(3), ())?;
+    slow.join()?;
+    println!("parent");
+    assert!(error(quick.join()).ends_with(" exited with status 3"));
+    quick.join()?;
+    Ok("child\nparent\n")
+});
+
+promise!(join_says_how_a_child_has_failed, || {
+    assert_eq!(failure(|| Err::<(), _>("no")), "exited with status 1");
+    assert_eq!(failure(|| ExitCode::from(3)), "exited with status 1");
+    assert_eq!(failure(|| panic!("no")), "exited with status 1");
+    assert_eq!(failure(|| process::exit(3)), "exited with status 3");
+    let kill = || signal::raise(Signal::SIGTERM);
+    assert_eq!(failure(kill), "was killed by SIGTERM");
+    // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
+    // SAFETY: no handler is set.
+    unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+    assert!(failure(|| ()).starts_with("has an unknown exit status: ECHILD"));
+    Ok("")
+});
+
+promise!(an_error_of_the_target_is_shown_like_one_of_main, || {
+    failure(|| {
+        replace(libc::STDERR_FILENO, &io::stdout());
+        Err::<(), _>("on purpose")
+    });
+    Ok("Error: \"on purpose\"\n")
+});
+
+promise!(an_unfinished_line_comes_out_once, || {
+    print!("parent, ");
+    failure(|| {
+        print!("child, ");
+        panic!("on purpose");
+    });
+    print!("end");
+    Ok("parent, child, end")
+});
+
+promise!(a_child_whose_output_is_lost_has_failed, || {
+    assert_eq!(failure(lose_output), "exited with status 1");
+    lose_output();
+    let mut p = Process::new(|()| (), ());
+    assert!(error(p.start()).starts_with("stdout: "));
+    assert_eq!(misuse(|| p.join()), "can only join a started process");
+    Ok("")
+});
+
+promise!(a_panic_goes_no_further_than_its_child, || {
+    extern "C" fn handler() {
+        println!("exit handler");
+    }
+    // SAFETY: the handler prints, and no more.
+    unsafe { libc::atexit(handler) };
+    panic::set_hook(Box::new(|_| println!("shown")));
+    let _in_the_parent = PrintsWhenDropped;
+    failure(|| panic::panic_any(PrintsWhenDropped));
+    Ok("shown\ndropped\nexit handler\n")
+});
+
+promise!(a_process_that_is_dropped_goes_on, || {
+    let outlive = |parent| {
+        while getppid() == parent {
+            thread::sleep(Duration::from_millis(1));
         }
-        // SAFETY: no handler is set.
-        unsafe { signal::signal(Signal::SIGTERM, SigHandler::SigIgn) }?; // in the children as well
-        terminate(|| {
-            thread::sleep(Duration::from_millis(100));
-            println!("child");
-        })?;
-        println!("parent");
-        assert!(error(terminate(|| process::exit(3))).ends_with(" exited with status 3"));
-        let kill = || signal::raise(Signal::SIGKILL).unwrap();
-        assert!(error(terminate(kill)).ends_with(" was killed by SIGKILL"));
-        Ok("child\nparent\n")
-    }),
-    ("`terminate` does nothing when no child is left", || {
-        let mut p = Process::new(|()| process::exit(3), ());
-        p.terminate()?;
-        p.start()?;
-        error(p.join());
-        p.terminate()?;
-        let mut unknown = start(|()| (), ())?;
-        waitpid(None, None)?; // afterwards, no process has the child's id
-        assert!(error(unknown.terminate()).contains(" cannot be terminated: ESRCH"));
-        Ok("")
-    }),
-    ("values come out as they were put, in order", || {
-        let put = |q: &Queue| {
-            q.put("进程\n")?;
-            q.put("")?;
-            q.put(&"x".repeat(LONGEST))
-        };
-        let q = Queue::new()?;
-        let mut pw = start(put, &q)?;
-        assert_eq!(q.get()?, "进程\n");
-        assert_eq!(q.get()?, "");
-        assert_eq!(q.get()?, "x".repeat(LONGEST));
-        pw.join()?;
-        Ok("")
-    }),
-    ("a value that is too long is refused each time", || {
-        let put = |q: &Queue| {
-            let too_long = "x".repeat(LONGEST + 1);
-            let message = format!("a value has at most {LONGEST} bytes, not {}", LONGEST + 1);
-            assert_eq!(error(q.put(&too_long)), message);
-            assert_eq!(error(q.put(&too_long)), message);
-            error(q.put(&"文".repeat(LONGEST / 3 + 1))); // three bytes each
-            q.put("A")
-        };
-        let q = Queue::new()?;
-        let mut pw = start(put, &q)?;
-        assert_eq!(q.get()?, "A");
-        pw.join()?;
-        Ok("")
-    }),
-    ("values of several writers do not interleave", || {
-        fn value(writer: usize, i: usize) -> String {
-            let length = LONGEST - i % 100;
-            format!("{:x<length$}", format!("{writer} {i} "))
+        println!("child");
+    };
+    start(outlive, getpid())?; // which drops it
+    Ok("child\n")
+});
+
+promise!(signals_do_not_interrupt_join, || {
+    handle_sigusr1()?;
+    let mut p = start(send_signals, getpid())?;
+    p.join()?;
+    Ok("")
+});
+
+promise!(a_misuse_is_a_panic_with_pythons_message, || {
+    let mut p = Process::new(|()| (), ());
+    assert_eq!(misuse(|| p.join()), "can only join a started process");
+    p.start()?;
+    assert_eq!(misuse(|| p.start()), "cannot start a process twice");
+    p.join()?;
+    Ok("")
+});
+
+promise!(each_child_draws_new_random_numbers, || {
+    let draw = |q: &Queue| q.put(&rand::random::<u64>().to_string());
+    let mut numbers = vec![rand::random::<u64>().to_string()];
+    let q = Queue::new()?;
+    start(draw, &q)?;
+    start(draw, &q)?;
+    numbers.extend([q.get()?, q.get()?, rand::random::<u64>().to_string()]);
+    numbers.sort();
+    numbers.dedup();
+    assert_eq!(numbers.len(), 4);
+    Ok("")
+});
+
+promise!(terminate_ends_even_a_child_that_is_stopped, || {
+    let mut p = start(|()| signal::raise(Signal::SIGSTOP), ())?;
+    waitpid(None, Some(WaitPidFlag::WUNTRACED))?; // until the child is stopped
+    p.terminate()?;
+    p.join()?;
+    Ok("")
+});
+
+promise!(terminate_waits_and_says_how_a_child_has_failed, || {
+    fn terminate(target: fn()) -> Result<(), Box<dyn Error>> {
+        let mut p = start(|target: fn()| target(), target)?;
+        p.terminate()
+    }
+    // SAFETY: no handler is set.
+    unsafe { signal::signal(Signal::SIGTERM, SigHandler::SigIgn) }?; // in the children as well
+    terminate(|| {
+        thread::sleep(Duration::from_millis(100));
+        println!("child");
+    })?;
+    println!("parent");
+    assert!(error(terminate(|| process::exit(3))).ends_with(" exited with status 3"));
+    let kill = || signal::raise(Signal::SIGKILL).unwrap();
+    assert!(error(terminate(kill)).ends_with(" was killed by SIGKILL"));
+    Ok("child\nparent\n")
+});
+
+promise!(terminate_does_nothing_when_no_child_is_left, || {
+    let mut p = Process::new(|()| process::exit(3), ());
+    p.terminate()?;
+    p.start()?;
+    error(p.join());
+    p.terminate()?;
+    let mut unknown = start(|()| (), ())?;
+    waitpid(None, None)?; // afterwards, no process has the child's id
+    assert!(error(unknown.terminate()).contains(" cannot be terminated: ESRCH"));
+    Ok("")
+});
+
+promise!(values_come_out_as_they_were_put_in_order, || {
+    let put = |q: &Queue| {
+        q.put("进程\n")?;
+        q.put("")?;
+        q.put(&"x".repeat(LONGEST))
+    };
+    let q = Queue::new()?;
+    let mut pw = start(put, &q)?;
+    assert_eq!(q.get()?, "进程\n");
+    assert_eq!(q.get()?, "");
+    assert_eq!(q.get()?, "x".repeat(LONGEST));
+    pw.join()?;
+    Ok("")
+});
+
+promise!(a_value_that_is_too_long_is_refused_each_time, || {
+    let put = |q: &Queue| {
+        let too_long = "x".repeat(LONGEST + 1);
+        let message = format!("a value has at most {LONGEST} bytes, not {}", LONGEST + 1);
+        assert_eq!(error(q.put(&too_long)), message);
+        assert_eq!(error(q.put(&too_long)), message);
+        error(q.put(&"文".repeat(LONGEST / 3 + 1))); // three bytes each
+        q.put("A")
+    };
+    let q = Queue::new()?;
+    let mut pw = start(put, &q)?;
+    assert_eq!(q.get()?, "A");
+    pw.join()?;
+    Ok("")
+});
+
+promise!(values_of_several_writers_do_not_interleave, || {
+    fn value(writer: usize, i: usize) -> String {
+        let length = LONGEST - i % 100;
+        format!("{:x<length$}", format!("{writer} {i} "))
+    }
+    let put = |(q, writer): (&Queue, _)| (0..300).try_for_each(|i| q.put(&value(writer, i)));
+    let q = Queue::new()?;
+    let mut writers = [0, 1, 2, 3].map(|writer| Process::new(put, (&q, writer)));
+    writers.iter_mut().try_for_each(Process::start)?;
+    let mut next = [0; 4];
+    for _ in 0..4 * 300 {
+        let got = q.get()?;
+        let writer: usize = got[..1].parse()?;
+        assert_eq!(got, value(writer, next[writer]));
+        next[writer] += 1;
+    }
+    writers.iter_mut().try_for_each(Process::join)?;
+    Ok("")
+});
+
+promise!(a_writer_that_is_killed_leaves_values_intact, || {
+    let q = Queue::new()?;
+    let mut pw = start(fill, &q)?;
+    thread::sleep(Duration::from_millis(100)); // so that the writer waits for room
+    pw.terminate()?;
+    let failure = loop {
+        match q.get() {
+            Ok(value) => assert_eq!(value, "x".repeat(LONGEST)),
+            failure => break error(failure),
         }
-        let put = |(q, writer): (&Queue, _)| (0..300).try_for_each(|i| q.put(&value(writer, i)));
-        let q = Queue::new()?;
-        let mut writers = [0, 1, 2, 3].map(|writer| Process::new(put, (&q, writer)));
-        writers.iter_mut().try_for_each(Process::start)?;
-        let mut next = [0; 4];
-        for _ in 0..4 * 300 {
-            let got = q.get()?;
-            let writer: usize = got[..1].parse()?;
-            assert_eq!(got, value(writer, next[writer]));
-            next[writer] += 1;
-        }
-        writers.iter_mut().try_for_each(Process::join)?;
-        Ok("")
-    }),
-    ("a writer that is killed leaves values intact", || {
-        let q = Queue::new()?;
-        let mut pw = start(fill, &q)?;
-        thread::sleep(Duration::from_millis(100)); // so that the writer waits for room
-        pw.terminate()?;
-        let failure = loop {
-            match q.get() {
-                Ok(value) => assert_eq!(value, "x".repeat(LONGEST)),
-                failure => break error(failure),
-            }
-        };
-        assert_eq!(failure, NO_WRITER);
-        Ok("")
-    }),
-    ("requests and replies go through two queues", || {
-        let answer = |(requests, replies): (&Queue, &Queue)| {
-            (0..300).try_for_each(|_| replies.put(&requests.get()?))
-        };
-        let (requests, replies) = (Queue::new()?, Queue::new()?);
-        let mut p = start(answer, (&requests, &replies))?;
-        for i in 0..300 {
-            requests.put(&i.to_string())?;
-        }
-        p.join()?;
-        for i in 0..300 {
-            assert_eq!(replies.get()?, i.to_string());
-        }
-        Ok("")
-    }),
-    ("`q.join` waits until the reader has printed all", || {
-        let q = Queue::new()?;
-        let mut pr = start(read_slowly, &q)?;
-        for _ in 0..3 {
-            q.put("A")?;
-            q.put("B")?;
-            q.join()?;
-            println!("joined");
-        }
-        pr.terminate()?;
-        Ok("A B joined\nA B joined\nA B joined\n")
-    }),
-    ("`q.join` waits for its own answer", || {
-        let read = |(q, mut gate): (&Queue, &PipeReader)| {
-            gate.read_exact(&mut [0])?;
-            read_slowly(q)
-        };
-        let q = Queue::new()?;
-        let (gate, mut opens_gate) = io::pipe()?;
-        let mut pr = start(read, (&q, &gate))?;
-        let mut joins = start(Queue::join, &q)?;
+    };
+    assert_eq!(failure, NO_WRITER);
+    Ok("")
+});
+
+promise!(requests_and_replies_go_through_two_queues, || {
+    let answer = |(requests, replies): (&Queue, &Queue)| {
+        (0..300).try_for_each(|_| replies.put(&requests.get()?))
+    };
+    let (requests, replies) = (Queue::new()?, Queue::new()?);
+    let mut p = start(answer, (&requests, &replies))?;
+    for i in 0..300 {
+        requests.put(&i.to_string())?;
+    }
+    p.join()?;
+    for i in 0..300 {
+        assert_eq!(replies.get()?, i.to_string());
+    }
+    Ok("")
+});
+
+promise!(queue_join_waits_until_the_reader_has_printed_all, || {
+    let q = Queue::new()?;
+    let mut pr = start(read_slowly, &q)?;
+    for _ in 0..3 {
         q.put("A")?;
-        thread::sleep(Duration::from_millis(100)); // so that the other process waits for an answer
-        joins.terminate()?;
-        opens_gate.write_all(&[0])?;
         q.put("B")?;
         q.join()?;
         println!("joined");
-        pr.terminate()?;
-        Ok("A B joined\n")
-    }),
-    ("a process may be killed in `q.join`", || {
-        let put = |q: &Queue| {
-            thread::sleep(Duration::from_millis(100)); // so that the other process waits
-            q.put("A")
-        };
-        let q = Queue::new()?;
-        let mut joins = start(Queue::join, &q)?;
-        start(put, &q)?.join()?;
-        joins.terminate()?;
-        assert_eq!(q.get()?, "A");
-        assert_eq!(error(q.get()), NO_WRITER);
-        Ok("")
-    }),
-    ("each call fails in a program that is alone", || {
-        assert_eq!(error(Queue::new()?.put("A")), NO_READER);
-        assert_eq!(error(Queue::new()?.join()), NO_READER);
-        assert_eq!(error(Queue::new()?.get()), NO_WRITER);
-        Ok("")
-    }),
-    ("`put` and `q.join` fail when no reader is left", || {
-        let q = Queue::new()?;
-        let mut pr = start(|q: &Queue| q.get().map(drop), &q)?;
+    }
+    pr.terminate()?;
+    Ok("A B joined\nA B joined\nA B joined\n")
+});
+
+promise!(queue_join_waits_for_its_own_answer, || {
+    let read = |(q, mut gate): (&Queue, &PipeReader)| {
+        gate.read_exact(&mut [0])?;
+        read_slowly(q)
+    };
+    let q = Queue::new()?;
+    let (gate, mut opens_gate) = io::pipe()?;
+    let mut pr = start(read, (&q, &gate))?;
+    let mut joins = start(Queue::join, &q)?;
+    q.put("A")?;
+    thread::sleep(Duration::from_millis(100)); // so that the other process waits for an answer
+    joins.terminate()?;
+    opens_gate.write_all(&[0])?;
+    q.put("B")?;
+    q.join()?;
+    println!("joined");
+    pr.terminate()?;
+    Ok("A B joined\n")
+});
+
+promise!(a_process_may_be_killed_in_queue_join, || {
+    let put = |q: &Queue| {
+        thread::sleep(Duration::from_millis(100)); // so that the other process waits
+        q.put("A")
+    };
+    let q = Queue::new()?;
+    let mut joins = start(Queue::join, &q)?;
+    start(put, &q)?.join()?;
+    joins.terminate()?;
+    assert_eq!(q.get()?, "A");
+    assert_eq!(error(q.get()), NO_WRITER);
+    Ok("")
+});
+
+promise!(each_call_fails_in_a_process_that_is_alone, || {
+    assert_eq!(error(Queue::new()?.put("A")), NO_READER);
+    assert_eq!(error(Queue::new()?.join()), NO_READER);
+    assert_eq!(error(Queue::new()?.get()), NO_WRITER);
+    Ok("")
+});
+
+promise!(put_and_queue_join_fail_when_no_reader_is_left, || {
+    let q = Queue::new()?;
+    let mut pr = start(|q: &Queue| q.get().map(drop), &q)?;
+    q.put("A")?;
+    pr.join()?;
+    assert_eq!(error(q.put("B")), NO_READER);
+    assert_eq!(error(q.put("C")), NO_READER);
+    assert_eq!(error(q.join()), NO_READER);
+    Ok("")
+});
+
+promise!(put_and_queue_join_fail_when_the_reader_ends, || {
+    let end = |_: &Queue| thread::sleep(Duration::from_millis(200));
+    let q = Queue::new()?;
+    start(end, &q)?;
+    let mut pw = start(fill, &q)?;
+    thread::sleep(Duration::from_millis(100)); // so that the pipe is full
+    assert_eq!(error(q.join()), NO_READER);
+    pw.join()?;
+    Ok("")
+});
+
+promise!(a_process_is_either_the_reader_or_a_writer, || {
+    const NOT_BOTH: &str = "a process cannot be both the reader and a writer of a queue";
+    let write = |q: &Queue| {
         q.put("A")?;
-        pr.join()?;
-        assert_eq!(error(q.put("B")), NO_READER);
-        assert_eq!(error(q.put("C")), NO_READER);
-        assert_eq!(error(q.join()), NO_READER);
-        Ok("")
-    }),
-    ("`put` and `q.join` fail when the reader ends", || {
-        let end = |_: &Queue| thread::sleep(Duration::from_millis(200));
-        let q = Queue::new()?;
-        start(end, &q)?;
-        let mut pw = start(fill, &q)?;
-        thread::sleep(Duration::from_millis(100)); // so that the pipe is full
-        assert_eq!(error(q.join()), NO_READER);
-        pw.join()?;
-        Ok("")
-    }),
-    ("a process is either the reader or a writer", || {
-        const NOT_BOTH: &str = "a process cannot be both the reader and a writer of a queue";
-        let write = |q: &Queue| {
-            q.put("A")?;
-            assert_eq!(error(q.get()), NOT_BOTH);
-            q.put("B")
-        };
-        let q = Queue::new()?;
-        let mut pw = start(write, &q)?;
-        assert_eq!(q.get()?, "A");
-        assert_eq!(error(q.put("C")), NOT_BOTH);
-        assert_eq!(error(q.join()), NOT_BOTH);
-        assert_eq!(q.get()?, "B");
-        pw.join()?;
-        Ok("")
-    }),
-    ("signals do not interrupt a queue", || {
-        let read = |(q, parent): (&Queue, _)| {
-            for _ in 0..40 {
-                send_signal(parent); // while the parent waits for room, in `put` and then in `join`
-                q.get()?;
+        assert_eq!(error(q.get()), NOT_BOTH);
+        q.put("B")
+    };
+    let q = Queue::new()?;
+    let mut pw = start(write, &q)?;
+    assert_eq!(q.get()?, "A");
+    assert_eq!(error(q.put("C")), NOT_BOTH);
+    assert_eq!(error(q.join()), NOT_BOTH);
+    assert_eq!(q.get()?, "B");
+    pw.join()?;
+    Ok("")
+});
+
+promise!(signals_do_not_interrupt_a_queue, || {
+    let read = |(q, parent): (&Queue, _)| {
+        for _ in 0..40 {
+            send_signal(parent); // while the parent waits for room, in `put` and then in `join`
+            q.get()?;
+        }
+        send_signals(parent); // while the parent waits for the answer
+        q.get().map(drop)
+    };
+    let write = |(q, parent): (&Queue, _)| {
+        send_signals(parent); // while the parent waits for a value
+        q.put("A")
+    };
+    handle_sigusr1()?;
+    let (first, second) = (Queue::new()?, Queue::new()?);
+    let mut pr = start(read, (&first, getpid()))?;
+    for _ in 0..40 {
+        first.put(&"x".repeat(LONGEST))?;
+    }
+    first.join()?;
+    pr.terminate()?;
+    let mut pw = start(write, (&second, getpid()))?;
+    assert_eq!(second.get()?, "A");
+    pw.join()?;
+    Ok("")
+});
+
+promise!(all_end_when_the_parent_was_killed, || {
+    let be_killed = || -> Result<(), Box<dyn Error>> {
+        let write = |(q, parent): (&Queue, Pid)| {
+            while getppid() == parent {
+                thread::sleep(Duration::from_millis(1));
             }
-            send_signals(parent); // while the parent waits for the answer
-            q.get().map(drop)
-        };
-        let write = |(q, parent): (&Queue, _)| {
-            send_signals(parent); // while the parent waits for a value
             q.put("A")
         };
-        handle_sigusr1()?;
-        let (first, second) = (Queue::new()?, Queue::new()?);
-        let mut pr = start(read, (&first, getpid()))?;
-        for _ in 0..40 {
-            first.put(&"x".repeat(LONGEST))?;
-        }
-        first.join()?;
-        pr.terminate()?;
-        let mut pw = start(write, (&second, getpid()))?;
-        assert_eq!(second.get()?, "A");
-        pw.join()?;
-        Ok("")
-    }),
-    ("all end when the parent was killed", || {
-        let be_killed = || -> Result<(), Box<dyn Error>> {
-            let write = |(q, parent): (&Queue, Pid)| {
-                while getppid() == parent {
-                    thread::sleep(Duration::from_millis(1));
-                }
-                q.put("A")
-            };
-            let read = |q: &Queue| -> Result<(), Box<dyn Error>> {
-                replace(libc::STDERR_FILENO, &io::stdout());
-                loop {
-                    println!("{}", q.get()?);
-                }
-            };
-            let q = Queue::new()?;
-            start(write, (&q, getpid()))?;
-            start(read, &q)?;
-            signal::raise(Signal::SIGKILL)?;
-            Ok(())
-        };
-        assert_eq!(failure(be_killed), "was killed by SIGKILL");
-        Ok("A\nError: \"no writer of the queue is left\"\n")
-    }),
-    ("a reader whose output is lost does not answer", || {
-        let read = |q: &Queue| {
+        let read = |q: &Queue| -> Result<(), Box<dyn Error>> {
             replace(libc::STDERR_FILENO, &io::stdout());
-            lose_output();
-            q.get().map(drop)
+            loop {
+                println!("{}", q.get()?);
+            }
         };
         let q = Queue::new()?;
-        let mut pr = start(read, &q)?;
-        assert_eq!(error(q.join()), NO_READER);
-        assert!(error(pr.join()).ends_with(" exited with status 1"));
-        Ok("Error: \"stdout: Broken pipe (os error 32)\"\n")
-    }),
-    ("a queue needs room for two pipes", || {
-        // Each pipe takes two descriptors, the first of which is the lowest that is free.
-        let free = File::open("/dev/null")?.as_raw_fd();
-        for room in [2, 0] {
-            let limit = (free + room).try_into()?;
-            let limits = libc::rlimit {
-                rlim_cur: limit,
-                rlim_max: limit,
-            };
-            // SAFETY: `setrlimit` reads `limits`, and no more.
-            unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limits) };
-            assert!(error(Queue::new()).starts_with("pipe: "));
-        }
-        Ok("")
-    }),
-];
+        start(write, (&q, getpid()))?;
+        start(read, &q)?;
+        signal::raise(Signal::SIGKILL)?;
+        Ok(())
+    };
+    assert_eq!(failure(be_killed), "was killed by SIGKILL");
+    Ok("A\nError: \"no writer of the queue is left\"\n")
+});
+
+promise!(a_reader_whose_output_is_lost_does_not_answer, || {
+    let read = |q: &Queue| {
+        replace(libc::STDERR_FILENO, &io::stdout());
+        lose_output();
+        q.get().map(drop)
+    };
+    let q = Queue::new()?;
+    let mut pr = start(read, &q)?;
+    assert_eq!(error(q.join()), NO_READER);
+    assert!(error(pr.join()).ends_with(" exited with status 1"));
+    Ok("Error: \"stdout: Broken pipe (os error 32)\"\n")
+});
+
+promise!(a_queue_needs_room_for_two_pipes, || {
+    // Each pipe takes two descriptors, the first of which is the lowest that is free.
+    let free = File::open("/dev/null")?.as_raw_fd();
+    for room in [2, 0] {
+        let limit = (free + room).try_into()?;
+        let limits = libc::rlimit {
+            rlim_cur: limit,
+            rlim_max: limit,
+        };
+        // SAFETY: `setrlimit` reads `limits`, and no more.
+        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &limits) };
+        assert!(error(Queue::new()).starts_with("pipe: "));
+    }
+    Ok("")
+});
 
 fn start<A, R: Termination>(target: fn(A) -> R, args: A) -> Result<Process<A, R>, Box<dyn Error>> {
     let mut p = Process::new(target, args);
@@ -513,90 +545,63 @@ fn read_slowly(q: &Queue) -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Runs the promises whose names contain one of the words, or all if there are none.
-///
-/// `cargo nextest run` first asks for the names (`--list`), and then runs each by its name.
-fn main() -> Result<(), Box<dyn Error>> {
-    let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
-    let mut args = env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--program" => return program(&args.next().unwrap_or_default()),
-            "--list" => list = true,
-            "--skip" => skip.extend(args.next()),
-            "--ignored" => words.push(arg), // which no name contains, since no promise is ignored
-            // The next one is the flag's value, and no word.
-            "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
-            flag if flag.starts_with('-') => (),
-            _ => words.push(arg),
-        }
+/// Set in a process that a test has started to run its program.
+const RUNS_PROGRAM: &str = "RUNS_PROGRAM";
+
+/// Stands between what the test harness prints and what a program prints.
+const BEGIN: &str = "the program prints:\n";
+
+/// Starts this test once more, to run its program there, and checks what that prints.
+#[track_caller]
+fn run(name: &str, program: Program) {
+    if env::var_os(RUNS_PROGRAM).is_some() {
+        run_in_child(program);
     }
-    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for (name, _) in PROMISES {
-        let contains = |word: &String| name.contains(word.as_str());
-        let chosen = words.is_empty() || words.iter().any(contains);
-        if !chosen || skip.iter().any(contains) {
-            skipped += 1;
-        } else if list {
-            println!("{name}: test");
-        } else if let Err(error) = run(name) {
-            println!("test {name} ... FAILED: {error}");
-            failed += 1;
-        } else {
-            println!("test {name} ... ok");
-            passed += 1;
-        }
-    }
-    if !list {
-        println!("{passed} passed, {failed} failed, {skipped} skipped");
-    }
-    if failed > 0 {
-        return Err("not all promises hold".into());
-    }
-    Ok(())
+    let begin = Instant::now();
+    let run = Command::new(env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .envs([(RUNS_PROGRAM, "1"), ("RUST_BACKTRACE", "0")])
+        .output() // which ends when no process of the program is left
+        .unwrap();
+    let hung = begin.elapsed() >= Duration::from_secs(30);
+    let output = String::from_utf8_lossy(&run.stdout);
+    let errors = String::from_utf8_lossy(&run.stderr);
+    let (_, printed) = output.split_once(BEGIN).expect(&errors);
+    let seen = format!("printed {printed:?}\n{errors}");
+    assert!(
+        !hung,
+        "hung, and SIGALRM ended it after half a minute: {seen}"
+    );
+    let as_promised = errors.contains(&format!("must print {printed:?}\n"));
+    assert!(as_promised && run.status.success(), "{seen}");
 }
 
-/// Runs the program of a promise until all its processes have ended, for half a minute at most.
-fn run(name: &str) -> Result<(), Box<dyn Error>> {
-    let program = Command::new(env::current_exe()?)
-        .args(["--program", name])
-        .env("RUST_BACKTRACE", "0")
-        .process_group(0)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let group = Pid::from_raw(program.id().try_into()?);
-    let (sender, receiver) = mpsc::channel();
-    // All processes of the program hold the pipes, so the output ends when none is left.
-    thread::spawn(move || sender.send(program.wait_with_output()));
-    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(30)) {
-        ("", ended?)
-    } else {
-        let _ = signal::killpg(group, Signal::SIGKILL); // it fails if the last has just ended
-        (", killed after half a minute", receiver.recv()??)
-    };
-    let output = String::from_utf8_lossy(&ended.stdout);
-    let errors = String::from_utf8_lossy(&ended.stderr);
-    let as_promised = errors.contains(&format!("must print {output:?}\n"));
-    if as_promised && ended.status.success() && late.is_empty() {
-        return Ok(());
-    }
-    let status = ended.status;
-    Err(format!("printed {output:?} ({status}{late})\n{errors}").into())
-}
-
-/// Runs the program of a promise in this process, and writes to stderr what it must have printed.
-fn program(name: &str) -> Result<(), Box<dyn Error>> {
-    // Ends this process, and each that it forks, also when the tests have been killed.
+/// Runs a program in a child, and writes to stderr what it must print, and how it ended.
+fn run_in_child(program: Program) -> ! {
+    // Ends each process of the program, also when the tests have been killed.
     extern "C" fn end_in_time() {
-        alarm::set(40);
+        alarm::set(30);
     }
-    end_in_time();
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
-    let promise = PROMISES.iter().find(|promise| promise.0 == name);
-    let (_, program) = promise.ok_or("there is no such promise")?;
-    let line = format!("must print {:?}\n", program()?);
-    eprint!("{line}"); // in one piece, since other processes may print errors at the same time
-    Ok(())
+    print!("{BEGIN}");
+    io::stdout().flush().unwrap();
+    // SAFETY: the only other thread is the test harness's, which waits for this one.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            // Otherwise a signal to the program's process group would reach the tests too.
+            setpgid(Pid::from_raw(0), Pid::from_raw(0)).unwrap();
+            let ended = panic::catch_unwind(|| {
+                let text = program().expect("the program returned an error");
+                let line = format!("must print {text:?}\n");
+                eprint!("{line}"); // in one piece, since its children may print errors meanwhile
+            });
+            process::exit(i32::from(ended.is_err()))
+        }
+        ForkResult::Parent { child } => {
+            let ended = waitpid(child, None).unwrap();
+            eprintln!("the program ended: {ended:?}");
+            process::exit(i32::from(ended != WaitStatus::Exited(child, 0)))
+        }
+    }
 }

@@ -1,27 +1,21 @@
-//! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
-//! and returns what it and its children must print.
+//! What `mod multiprocessing` promises, each promise by a small program that uses it.
 //!
-//! A program runs in a process of its own, which has a single thread, as the module requires. So
-//! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
-//! Cargo.toml).
-//!
-//! To add a promise, copy one; the helpers are below the list. What is printed to stderr does not
-//! count. No name may be a part of another's, since a name on the command line chooses all that
-//! contain it.
+//! To add one, copy a `promise!`, and change its name and its program; the text that the program
+//! returns is what must be printed. Any test in this file, and in another that has the same
+//! `mod demo`, reaches what is `pub` in `main.rs` as `demo::…`.
 
 use std::error::Error;
 use std::io::{self, PipeWriter, Write};
 use std::os::fd::{AsRawFd, RawFd};
-use std::os::unix::process::CommandExt;
 use std::panic::{self, AssertUnwindSafe};
-use std::process::{self, Command, ExitCode, Stdio, Termination};
-use std::sync::mpsc;
-use std::time::Duration;
+use std::process::{self, Command, ExitCode, Termination};
+use std::time::{Duration, Instant};
 use std::{env, thread};
 
 use nix::libc;
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
-use nix::unistd::{Pid, alarm, getpid, getppid};
+use nix::sys::wait::{WaitStatus, waitpid};
+use nix::unistd::{ForkResult, Pid, alarm, fork, getpid, getppid, setpgid};
 
 use demo::multiprocessing::Process;
 
@@ -32,103 +26,122 @@ mod demo;
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-const PROMISES: &[(&str, Program)] = &[
-    ("the target gets its argument, in a child", || {
-        let run_proc = |(name, parent)| {
-            assert_eq!(getppid(), parent);
-            println!("{name}");
-        };
-        let mut p = Process::new(run_proc, ("test", getpid()));
-        p.start()?;
-        p.join()?;
-        Ok("test\n")
-    }),
-    ("`join` waits for its own child, once", || {
-        let sleep = |()| {
-            thread::sleep(Duration::from_millis(100));
-            println!("child");
-        };
-        let mut slow = start(sleep, ())?;
-        let mut quick = start(|()| process::exit(3), ())?;
-        slow.join()?;
-        println!("parent");
-        assert!(error(quick.join()).ends_with(" exited with status 3"));
-        quick.join()?;
-        Ok("child\nparent\n")
-    }),
-    ("`join` says how a child has failed", || {
-        assert_eq!(failure(|| Err::<(), _>("no")), "exited with status 1");
-        assert_eq!(failure(|| ExitCode::from(3)), "exited with status 1");
-        assert_eq!(failure(|| panic!("no")), "exited with status 1");
-        assert_eq!(failure(|| process::exit(3)), "exited with status 3");
-        let kill = || signal::raise(Signal::SIGTERM);
-        assert_eq!(failure(kill), "was killed by SIGTERM");
-        // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
-        // SAFETY: no handler is set.
-        unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-        assert!(failure(|| ()).starts_with("has an unknown exit status: ECHILD"));
-        Ok("")
-    }),
-    ("an error of the target is shown like one of `main`", || {
-        failure(|| {
-            replace(libc::STDERR_FILENO, &io::stdout());
-            Err::<(), _>("on purpose")
-        });
-        Ok("Error: \"on purpose\"\n")
-    }),
-    ("an unfinished line comes out once", || {
-        print!("parent, ");
-        failure(|| {
-            print!("child, ");
-            panic!("on purpose");
-        });
-        print!("end");
-        Ok("parent, child, end")
-    }),
-    ("a child whose output is lost has failed", || {
-        assert_eq!(failure(lose_output), "exited with status 1");
-        lose_output();
-        let mut p = Process::new(|()| (), ());
-        assert!(error(p.start()).starts_with("stdout: "));
-        assert_eq!(misuse(|| p.join()), "can only join a started process");
-        Ok("")
-    }),
-    ("a panic goes no further than its child", || {
-        extern "C" fn handler() {
-            println!("exit handler");
+/// A promise is a program that asserts, and returns what it and its children must print to stdout.
+/// This makes it a test, which runs the program in a process of its own: that has a single thread,
+/// as the module requires, and is ended after half a minute.
+macro_rules! promise {
+    ($name:ident, $program:expr) => {
+        #[test]
+        fn $name() {
+            run(stringify!($name), $program);
         }
-        // SAFETY: the handler prints, and no more.
-        unsafe { libc::atexit(handler) };
-        panic::set_hook(Box::new(|_| println!("shown")));
-        let _in_the_parent = PrintsWhenDropped;
-        failure(|| panic::panic_any(PrintsWhenDropped));
-        Ok("shown\ndropped\nexit handler\n")
-    }),
-    ("a process that is dropped goes on", || {
-        let outlive = |parent| {
-            while getppid() == parent {
-                thread::sleep(Duration::from_millis(1));
-            }
-            println!("child");
-        };
-        start(outlive, getpid())?; // which drops it
-        Ok("child\n")
-    }),
-    ("signals do not interrupt `join`", || {
-        handle_sigusr1()?;
-        let mut p = start(send_signals, getpid())?;
-        p.join()?;
-        Ok("")
-    }),
-    ("a misuse is a panic with Python's message", || {
-        let mut p = Process::new(|()| (), ());
-        assert_eq!(misuse(|| p.join()), "can only join a started process");
-        p.start()?;
-        assert_eq!(misuse(|| p.start()), "cannot start a process twice");
-        p.join()?;
-        Ok("")
-    }),
-];
+    };
+}
+
+promise!(the_target_gets_its_argument_in_a_child, || {
+    let run_proc = |(name, parent)| {
+        assert_eq!(getppid(), parent);
+        println!("{name}");
+    };
+    let mut p = Process::new(run_proc, ("test", getpid()));
+    p.start()?;
+    p.join()?;
+    Ok("test\n")
+});
+
+promise!(join_waits_for_its_own_child_once, || {
+    let sleep = |()| {
+        thread::sleep(Duration::from_millis(100));
+        println!("child");
+    };
+    let mut slow = start(sleep, ())?;
+    let mut quick = start(|()| process::exit(3), ())?;
+    slow.join()?;
+    println!("parent");
+    assert!(error(quick.join()).ends_with(" exited with status 3"));
+    quick.join()?;
+    Ok("child\nparent\n")
+});
+
+promise!(join_says_how_a_child_has_failed, || {
+    assert_eq!(failure(|| Err::<(), _>("no")), "exited with status 1");
+    assert_eq!(failure(|| ExitCode::from(3)), "exited with status 1");
+    assert_eq!(failure(|| panic!("no")), "exited with status 1");
+    assert_eq!(failure(|| process::exit(3)), "exited with status 3");
+    let kill = || signal::raise(Signal::SIGTERM);
+    assert_eq!(failure(kill), "was killed by SIGTERM");
+    // While SIGCHLD is ignored, a child that ends leaves nothing to wait for.
+    // SAFETY: no handler is set.
+    unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+    assert!(failure(|| ()).starts_with("has an unknown exit status: ECHILD"));
+    Ok("")
+});
+
+promise!(an_error_of_the_target_is_shown_like_one_of_main, || {
+    failure(|| {
+        replace(libc::STDERR_FILENO, &io::stdout());
+        Err::<(), _>("on purpose")
+    });
+    Ok("Error: \"on purpose\"\n")
+});
+
+promise!(an_unfinished_line_comes_out_once, || {
+    print!("parent, ");
+    failure(|| {
+        print!("child, ");
+        panic!("on purpose");
+    });
+    print!("end");
+    Ok("parent, child, end")
+});
+
+promise!(a_child_whose_output_is_lost_has_failed, || {
+    assert_eq!(failure(lose_output), "exited with status 1");
+    lose_output();
+    let mut p = Process::new(|()| (), ());
+    assert!(error(p.start()).starts_with("stdout: "));
+    assert_eq!(misuse(|| p.join()), "can only join a started process");
+    Ok("")
+});
+
+promise!(a_panic_goes_no_further_than_its_child, || {
+    extern "C" fn handler() {
+        println!("exit handler");
+    }
+    // SAFETY: the handler prints, and no more.
+    unsafe { libc::atexit(handler) };
+    panic::set_hook(Box::new(|_| println!("shown")));
+    let _in_the_parent = PrintsWhenDropped;
+    failure(|| panic::panic_any(PrintsWhenDropped));
+    Ok("shown\ndropped\nexit handler\n")
+});
+
+promise!(a_process_that_is_dropped_goes_on, || {
+    let outlive = |parent| {
+        while getppid() == parent {
+            thread::sleep(Duration::from_millis(1));
+        }
+        println!("child");
+    };
+    start(outlive, getpid())?; // which drops it
+    Ok("child\n")
+});
+
+promise!(signals_do_not_interrupt_join, || {
+    handle_sigusr1()?;
+    let mut p = start(send_signals, getpid())?;
+    p.join()?;
+    Ok("")
+});
+
+promise!(a_misuse_is_a_panic_with_pythons_message, || {
+    let mut p = Process::new(|()| (), ());
+    assert_eq!(misuse(|| p.join()), "can only join a started process");
+    p.start()?;
+    assert_eq!(misuse(|| p.start()), "cannot start a process twice");
+    p.join()?;
+    Ok("")
+});
 
 fn start<A, R: Termination>(target: fn(A) -> R, args: A) -> Result<Process<A, R>, Box<dyn Error>> {
     let mut p = Process::new(target, args);
@@ -201,90 +214,63 @@ fn send_signals(parent: Pid) {
     }
 }
 
-/// Runs the promises whose names contain one of the words, or all if there are none.
-///
-/// `cargo nextest run` first asks for the names (`--list`), and then runs each by its name.
-fn main() -> Result<(), Box<dyn Error>> {
-    let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
-    let mut args = env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--program" => return program(&args.next().unwrap_or_default()),
-            "--list" => list = true,
-            "--skip" => skip.extend(args.next()),
-            "--ignored" => words.push(arg), // which no name contains, since no promise is ignored
-            // The next one is the flag's value, and no word.
-            "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
-            flag if flag.starts_with('-') => (),
-            _ => words.push(arg),
-        }
+/// Set in a process that a test has started to run its program.
+const RUNS_PROGRAM: &str = "RUNS_PROGRAM";
+
+/// Stands between what the test harness prints and what a program prints.
+const BEGIN: &str = "the program prints:\n";
+
+/// Starts this test once more, to run its program there, and checks what that prints.
+#[track_caller]
+fn run(name: &str, program: Program) {
+    if env::var_os(RUNS_PROGRAM).is_some() {
+        run_in_child(program);
     }
-    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for (name, _) in PROMISES {
-        let contains = |word: &String| name.contains(word.as_str());
-        let chosen = words.is_empty() || words.iter().any(contains);
-        if !chosen || skip.iter().any(contains) {
-            skipped += 1;
-        } else if list {
-            println!("{name}: test");
-        } else if let Err(error) = run(name) {
-            println!("test {name} ... FAILED: {error}");
-            failed += 1;
-        } else {
-            println!("test {name} ... ok");
-            passed += 1;
-        }
-    }
-    if !list {
-        println!("{passed} passed, {failed} failed, {skipped} skipped");
-    }
-    if failed > 0 {
-        return Err("not all promises hold".into());
-    }
-    Ok(())
+    let begin = Instant::now();
+    let run = Command::new(env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .envs([(RUNS_PROGRAM, "1"), ("RUST_BACKTRACE", "0")])
+        .output() // which ends when no process of the program is left
+        .unwrap();
+    let hung = begin.elapsed() >= Duration::from_secs(30);
+    let output = String::from_utf8_lossy(&run.stdout);
+    let errors = String::from_utf8_lossy(&run.stderr);
+    let (_, printed) = output.split_once(BEGIN).expect(&errors);
+    let seen = format!("printed {printed:?}\n{errors}");
+    assert!(
+        !hung,
+        "hung, and SIGALRM ended it after half a minute: {seen}"
+    );
+    let as_promised = errors.contains(&format!("must print {printed:?}\n"));
+    assert!(as_promised && run.status.success(), "{seen}");
 }
 
-/// Runs the program of a promise until all its processes have ended, for half a minute at most.
-fn run(name: &str) -> Result<(), Box<dyn Error>> {
-    let program = Command::new(env::current_exe()?)
-        .args(["--program", name])
-        .env("RUST_BACKTRACE", "0")
-        .process_group(0)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let group = Pid::from_raw(program.id().try_into()?);
-    let (sender, receiver) = mpsc::channel();
-    // All processes of the program hold the pipes, so the output ends when none is left.
-    thread::spawn(move || sender.send(program.wait_with_output()));
-    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(30)) {
-        ("", ended?)
-    } else {
-        let _ = signal::killpg(group, Signal::SIGKILL); // it fails if the last has just ended
-        (", killed after half a minute", receiver.recv()??)
-    };
-    let output = String::from_utf8_lossy(&ended.stdout);
-    let errors = String::from_utf8_lossy(&ended.stderr);
-    let as_promised = errors.contains(&format!("must print {output:?}\n"));
-    if as_promised && ended.status.success() && late.is_empty() {
-        return Ok(());
-    }
-    let status = ended.status;
-    Err(format!("printed {output:?} ({status}{late})\n{errors}").into())
-}
-
-/// Runs the program of a promise in this process, and writes to stderr what it must have printed.
-fn program(name: &str) -> Result<(), Box<dyn Error>> {
-    // Ends this process, and each that it forks, also when the tests have been killed.
+/// Runs a program in a child, and writes to stderr what it must print, and how it ended.
+fn run_in_child(program: Program) -> ! {
+    // Ends each process of the program, also when the tests have been killed.
     extern "C" fn end_in_time() {
-        alarm::set(40);
+        alarm::set(30);
     }
-    end_in_time();
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
-    let promise = PROMISES.iter().find(|promise| promise.0 == name);
-    let (_, program) = promise.ok_or("there is no such promise")?;
-    let line = format!("must print {:?}\n", program()?);
-    eprint!("{line}"); // in one piece, since other processes may print errors at the same time
-    Ok(())
+    print!("{BEGIN}");
+    io::stdout().flush().unwrap();
+    // SAFETY: the only other thread is the test harness's, which waits for this one.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            // Otherwise a signal to the program's process group would reach the tests too.
+            setpgid(Pid::from_raw(0), Pid::from_raw(0)).unwrap();
+            let ended = panic::catch_unwind(|| {
+                let text = program().expect("the program returned an error");
+                let line = format!("must print {text:?}\n");
+                eprint!("{line}"); // in one piece, since its children may print errors meanwhile
+            });
+            process::exit(i32::from(ended.is_err()))
+        }
+        ForkResult::Parent { child } => {
+            let ended = waitpid(child, None).unwrap();
+            eprintln!("the program ended: {ended:?}");
+            process::exit(i32::from(ended != WaitStatus::Exited(child, 0)))
+        }
+    }
 }

@@ -1,29 +1,24 @@
-//! What `mod multiprocessing` promises: each promise is a name and a small program that asserts,
-//! and returns what it and its children must print.
+//! What `mod multiprocessing` promises, each promise by a small program that uses it.
 //!
-//! A program runs in a process of its own, which has a single thread, as the module requires. So
-//! there is no `#[test]` here, but a `main` that runs the programs (`harness = false` in
-//! Cargo.toml).
-//!
-//! To add a promise, copy one; the helpers are below the list. What is printed to stderr does not
-//! count. No name may be a part of another's, since a name on the command line chooses all that
-//! contain it.
+//! To add one, copy a `promise!`, and change its name and its program; the text that the program
+//! returns is what must be printed. Any test in this file, and in another that has the same
+//! `mod demo`, reaches what is `pub` in `main.rs` as `demo::…`.
 
 use std::error::Error;
 use std::fs::File;
 use std::io::{self, PipeReader, PipeWriter, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::process::{CommandExt, parent_id};
-use std::process::{self, Command, Stdio};
-use std::sync::{LazyLock, mpsc};
-use std::time::Duration;
+use std::process::{self, Command};
+use std::sync::LazyLock;
+use std::time::{Duration, Instant};
 use std::{env, panic, thread};
 
 use nix::errno::Errno;
 use nix::libc;
 use nix::sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet, Signal};
 use nix::sys::wait::{WaitStatus, wait, waitpid};
-use nix::unistd::{ForkResult, Pid, alarm, fork};
+use nix::unistd::{ForkResult, Pid, alarm, fork, setpgid};
 
 use demo::multiprocessing::Pool;
 
@@ -34,293 +29,314 @@ mod demo;
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-const PROMISES: &[(&str, Program)] = &[
-    ("each task is done once, however many there are", || {
-        let mut p = Pool::new(4)?;
-        let mut done = Vec::new();
-        for i in 0..10_000 {
-            p.apply_async(|i| send(&RESULTS, i), i)?;
-            if i >= 300 {
-                done.push(receive(&RESULTS)); // at most 300 wait: more might fill their pipe
-            }
+/// A promise is a program that asserts, and returns what it and its children must print to stdout.
+/// This makes it a test, which runs the program in a process of its own: that has a single thread,
+/// as the module requires, and is ended after half a minute.
+macro_rules! promise {
+    ($name:ident, $program:expr) => {
+        #[test]
+        fn $name() {
+            run(stringify!($name), $program);
         }
-        p.close();
-        p.join()?;
-        done.extend([(); 300].map(|()| receive(&RESULTS)));
-        done.sort_unstable();
-        assert!(done.into_iter().eq(0..10_000));
-        send(&RESULTS, usize::MAX);
-        assert_eq!(receive(&RESULTS), usize::MAX); // no other result was there
-        Ok("")
-    }),
-    ("a worker that is free takes the next task", || {
-        let mut p = Pool::new(2)?;
-        let wait = |_| assert_eq!(receive(&GATE), 0);
-        p.apply_async(wait, 0)?;
-        for i in 1..10 {
-            p.apply_async(|i| println!("{i}"), i)?;
+    };
+}
+
+promise!(each_task_is_done_once_however_many_there_are, || {
+    let mut p = Pool::new(4)?;
+    let mut done = Vec::new();
+    for i in 0..10_000 {
+        p.apply_async(|i| send(&RESULTS, i), i)?;
+        if i >= 300 {
+            done.push(receive(&RESULTS)); // at most 300 wait: more might fill their pipe
         }
-        p.apply_async(|_| send(&GATE, 0), 0)?;
-        p.close();
-        p.join()?;
-        Ok("1\n2\n3\n4\n5\n6\n7\n8\n9\n")
-    }),
-    ("`join` says how a worker has failed", || {
-        let panics: [fn(usize); 2] = [|_| panic!("no"), |_| println!("goes on")];
-        assert_eq!(failure(&panics), "exited with status 1");
-        assert_eq!(failure(&[|_| process::exit(0)]), "exited with status 0");
-        let exec = |_| drop(Command::new("true").exec());
-        assert_eq!(failure(&[exec]), "exited with status 0");
-        // The numbers beside the one of a worker that has done all as told:
-        assert_eq!(failure(&[|_| process::exit(117)]), "exited with status 117");
-        assert_eq!(failure(&[|_| process::exit(119)]), "exited with status 119");
-        let kill = |_| signal::raise(Signal::SIGKILL).unwrap();
-        assert_eq!(failure(&[kill]), "was killed by SIGKILL");
-        assert_eq!(failure(&[|_| lose_output()]), "exited with status 1");
-        // Makes the worker read end-of-file, and no task.
-        let lay_null_over_the_pipe = |_| {
-            let null = File::open("/dev/null").unwrap();
-            for fd in 3..null.as_raw_fd() {
-                replace(fd, &null);
-            }
-        };
-        let tasks: [fn(usize); 2] = [lay_null_over_the_pipe, |_| println!("not done")];
-        assert_eq!(failure(&tasks), "exited with status 1");
-        // While SIGCHLD is ignored, a worker that ends leaves nothing to wait for.
-        // SAFETY: no handler is set.
-        unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
-        assert!(failure(&[]).starts_with("has an unknown exit status: ECHILD"));
-        Ok("goes on\n")
-    }),
-    ("the others do what a failed worker leaves", || {
-        let mut p = Pool::new(3)?;
-        let be_killed = |_| {
-            send(&GATE, id());
-            signal::raise(Signal::SIGKILL).unwrap();
-        };
-        let exit = |_| {
-            send(&RESULTS, id());
-            process::exit(3);
-        };
-        p.apply_async(be_killed, 0)?;
-        p.apply_async(exit, 0)?;
-        for _ in 0..10 {
-            p.apply_async(|_| print!("."), 0)?;
+    }
+    p.close();
+    p.join()?;
+    done.extend([(); 300].map(|()| receive(&RESULTS)));
+    done.sort_unstable();
+    assert!(done.into_iter().eq(0..10_000));
+    send(&RESULTS, usize::MAX);
+    assert_eq!(receive(&RESULTS), usize::MAX); // no other result was there
+    Ok("")
+});
+
+promise!(a_worker_that_is_free_takes_the_next_task, || {
+    let mut p = Pool::new(2)?;
+    let wait = |_| assert_eq!(receive(&GATE), 0);
+    p.apply_async(wait, 0)?;
+    for i in 1..10 {
+        p.apply_async(|i| println!("{i}"), i)?;
+    }
+    p.apply_async(|_| send(&GATE, 0), 0)?;
+    p.close();
+    p.join()?;
+    Ok("1\n2\n3\n4\n5\n6\n7\n8\n9\n")
+});
+
+promise!(join_says_how_a_worker_has_failed, || {
+    let panics: [fn(usize); 2] = [|_| panic!("no"), |_| println!("goes on")];
+    assert_eq!(failure(&panics), "exited with status 1");
+    assert_eq!(failure(&[|_| process::exit(0)]), "exited with status 0");
+    let exec = |_| drop(Command::new("true").exec());
+    assert_eq!(failure(&[exec]), "exited with status 0");
+    // The numbers beside the one of a worker that has done all as told:
+    assert_eq!(failure(&[|_| process::exit(117)]), "exited with status 117");
+    assert_eq!(failure(&[|_| process::exit(119)]), "exited with status 119");
+    let kill = |_| signal::raise(Signal::SIGKILL).unwrap();
+    assert_eq!(failure(&[kill]), "was killed by SIGKILL");
+    assert_eq!(failure(&[|_| lose_output()]), "exited with status 1");
+    // Makes the worker read end-of-file, and no task.
+    let lay_null_over_the_pipe = |_| {
+        let null = File::open("/dev/null").unwrap();
+        for fd in 3..null.as_raw_fd() {
+            replace(fd, &null);
         }
-        p.close();
-        let error = error(p.join());
-        let killed = format!("worker {} was killed by SIGKILL", receive(&GATE));
-        let exited = format!("worker {} exited with status 3", receive(&RESULTS));
-        let both = [format!("{killed}, {exited}"), format!("{exited}, {killed}")];
-        assert!(both.contains(&error), "{error}");
-        p.join()?;
-        Ok("..........")
-    }),
-    ("when no worker is left, no task can be queued", || {
+    };
+    let tasks: [fn(usize); 2] = [lay_null_over_the_pipe, |_| println!("not done")];
+    assert_eq!(failure(&tasks), "exited with status 1");
+    // While SIGCHLD is ignored, a worker that ends leaves nothing to wait for.
+    // SAFETY: no handler is set.
+    unsafe { signal::signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+    assert!(failure(&[]).starts_with("has an unknown exit status: ECHILD"));
+    Ok("goes on\n")
+});
+
+promise!(the_others_do_what_a_failed_worker_leaves, || {
+    let mut p = Pool::new(3)?;
+    let be_killed = |_| {
+        send(&GATE, id());
+        signal::raise(Signal::SIGKILL).unwrap();
+    };
+    let exit = |_| {
+        send(&RESULTS, id());
+        process::exit(3);
+    };
+    p.apply_async(be_killed, 0)?;
+    p.apply_async(exit, 0)?;
+    for _ in 0..10 {
+        p.apply_async(|_| print!("."), 0)?;
+    }
+    p.close();
+    let error = error(p.join());
+    let killed = format!("worker {} was killed by SIGKILL", receive(&GATE));
+    let exited = format!("worker {} exited with status 3", receive(&RESULTS));
+    let both = [format!("{killed}, {exited}"), format!("{exited}, {killed}")];
+    assert!(both.contains(&error), "{error}");
+    p.join()?;
+    Ok("..........")
+});
+
+promise!(no_task_can_be_queued_when_no_worker_is_left, || {
+    let mut p = Pool::new(1)?;
+    p.apply_async(|_| process::exit(3), 0)?;
+    while p.apply_async(|_| (), 0).is_ok() {}
+    assert_eq!(error(p.apply_async(|_| (), 0)), "no worker is left");
+    p.close();
+    assert!(error(p.join()).ends_with(" exited with status 3"));
+    Ok("")
+});
+
+promise!(an_unfinished_line_comes_out_once, || {
+    print!("parent, ");
+    let task = |_| {
+        print!("task, ");
+        panic!("on purpose");
+    };
+    failure(&[task]);
+    print!("end");
+    Ok("parent, task, end")
+});
+
+promise!(a_panic_goes_no_further_than_its_task, || {
+    extern "C" fn handler() {
+        println!("exit handler");
+    }
+    // SAFETY: the handler prints, and no more.
+    unsafe { libc::atexit(handler) };
+    panic::set_hook(Box::new(|_| println!("shown")));
+    let _in_the_parent = PrintsWhenDropped;
+    failure(&[|_| panic::panic_any(PrintsWhenDropped)]);
+    Ok("shown\ndropped\nexit handler\n")
+});
+
+promise!(each_worker_draws_new_random_numbers, || {
+    fn draw() -> usize {
+        rand::random::<u64>() as usize
+    }
+    let draw_and_wait = |_| {
+        send(&RESULTS, draw());
+        receive(&GATE);
+    };
+    let mut numbers = vec![draw()];
+    let mut p = Pool::new(2)?;
+    p.apply_async(draw_and_wait, 0)?;
+    p.apply_async(draw_and_wait, 0)?;
+    // One comes from each worker, since both wait.
+    numbers.extend([receive(&RESULTS), receive(&RESULTS)]);
+    numbers.push(draw());
+    send(&GATE, 0);
+    send(&GATE, 0);
+    p.close();
+    p.join()?;
+    numbers.sort_unstable();
+    numbers.dedup();
+    assert_eq!(numbers.len(), 4);
+    Ok("")
+});
+
+promise!(a_process_that_a_task_has_forked_takes_no_task, || {
+    let fork_and_wait = |_| {
+        // SAFETY: a worker has one thread.
+        if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
+            waitpid(child, None).unwrap();
+        }
+    };
+    let mut p = Pool::new(1)?;
+    p.apply_async(fork_and_wait, 0)?;
+    for _ in 0..3 {
+        let task = |parent| {
+            assert_eq!(parent_id() as usize, parent);
+            println!("done");
+        };
+        p.apply_async(task, id())?;
+    }
+    p.close();
+    p.join()?;
+    Ok("done\ndone\ndone\n")
+});
+
+promise!(a_pool_can_be_joined_while_a_later_one_lives, || {
+    let mut first = Pool::new(2)?;
+    let mut second = Pool::new(2)?;
+    first.apply_async(|_| thread::sleep(Duration::from_millis(100)), 0)?;
+    second.apply_async(|_| process::exit(3), 0)?;
+    first.close();
+    first.join()?;
+    println!("first");
+    second.apply_async(|_| println!("second"), 0)?;
+    second.close();
+    assert!(error(second.join()).ends_with(" exited with status 3"));
+    Ok("first\nsecond\n")
+});
+
+promise!(a_pool_that_is_dropped_does_its_tasks_and_ends, || {
+    let mut p = Pool::new(2)?;
+    p.apply_async(|_| println!("done"), 0)?;
+    drop(p);
+    assert!(matches!(wait(), Ok(WaitStatus::Exited(_, 1))));
+    assert!(matches!(wait(), Ok(WaitStatus::Exited(_, 1))));
+    Ok("done\n")
+});
+
+promise!(no_task_is_begun_once_the_parent_has_ended, || {
+    // The child makes the pool, and then a process that has the pool too.
+    // SAFETY: this process has one thread.
+    let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
         let mut p = Pool::new(1)?;
-        p.apply_async(|_| process::exit(3), 0)?;
-        while p.apply_async(|_| (), 0).is_ok() {}
-        assert_eq!(error(p.apply_async(|_| (), 0)), "no worker is left");
-        p.close();
-        assert!(error(p.join()).ends_with(" exited with status 3"));
-        Ok("")
-    }),
-    ("an unfinished line comes out once", || {
-        print!("parent, ");
-        let task = |_| {
-            print!("task, ");
-            panic!("on purpose");
-        };
-        failure(&[task]);
-        print!("end");
-        Ok("parent, task, end")
-    }),
-    ("a panic goes no further than its task", || {
-        extern "C" fn handler() {
-            println!("exit handler");
-        }
-        // SAFETY: the handler prints, and no more.
-        unsafe { libc::atexit(handler) };
-        panic::set_hook(Box::new(|_| println!("shown")));
-        let _in_the_parent = PrintsWhenDropped;
-        failure(&[|_| panic::panic_any(PrintsWhenDropped)]);
-        Ok("shown\ndropped\nexit handler\n")
-    }),
-    ("each worker draws new random numbers", || {
-        fn draw() -> usize {
-            rand::random::<u64>() as usize
-        }
-        let draw_and_wait = |_| {
-            send(&RESULTS, draw());
-            receive(&GATE);
-        };
-        let mut numbers = vec![draw()];
-        let mut p = Pool::new(2)?;
-        p.apply_async(draw_and_wait, 0)?;
-        p.apply_async(draw_and_wait, 0)?;
-        // One comes from each worker, since both wait.
-        numbers.extend([receive(&RESULTS), receive(&RESULTS)]);
-        numbers.push(draw());
-        send(&GATE, 0);
-        send(&GATE, 0);
-        p.close();
-        p.join()?;
-        numbers.sort_unstable();
-        numbers.dedup();
-        assert_eq!(numbers.len(), 4);
-        Ok("")
-    }),
-    ("a process that a task has forked takes no task", || {
-        let fork_and_wait = |_| {
-            // SAFETY: a worker has one thread.
-            if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
-                waitpid(child, None).unwrap();
-            }
-        };
-        let mut p = Pool::new(1)?;
-        p.apply_async(fork_and_wait, 0)?;
-        for _ in 0..3 {
-            let task = |parent| {
-                assert_eq!(parent_id() as usize, parent);
-                println!("done");
-            };
-            p.apply_async(task, id())?;
-        }
-        p.close();
-        p.join()?;
-        Ok("done\ndone\ndone\n")
-    }),
-    ("a pool can be joined while a later one lives", || {
-        let mut first = Pool::new(2)?;
-        let mut second = Pool::new(2)?;
-        first.apply_async(|_| thread::sleep(Duration::from_millis(100)), 0)?;
-        second.apply_async(|_| process::exit(3), 0)?;
-        first.close();
-        first.join()?;
-        println!("first");
-        second.apply_async(|_| println!("second"), 0)?;
-        second.close();
-        assert!(error(second.join()).ends_with(" exited with status 3"));
-        Ok("first\nsecond\n")
-    }),
-    ("a pool that is dropped does its tasks and ends", || {
-        let mut p = Pool::new(2)?;
-        p.apply_async(|_| println!("done"), 0)?;
-        drop(p);
-        assert!(matches!(wait(), Ok(WaitStatus::Exited(_, 1))));
-        assert!(matches!(wait(), Ok(WaitStatus::Exited(_, 1))));
-        Ok("done\n")
-    }),
-    ("no task is begun once the parent has ended", || {
-        // The child makes the pool, and then a process that has the pool too.
+        let parent = process::id();
         // SAFETY: this process has one thread.
-        let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
-            let mut p = Pool::new(1)?;
-            let parent = process::id();
-            // SAFETY: this process has one thread.
-            if let ForkResult::Parent { .. } = unsafe { fork() }? {
-                thread::sleep(Duration::from_millis(100)); // so that the worker waits for a task
-                signal::raise(Signal::SIGKILL)?;
-            }
-            while parent_id() == parent {
-                thread::sleep(Duration::from_millis(1));
-            }
-            let _ = p.apply_async(|_| println!("begun"), 0); // fails if the worker has ended already
-            process::exit(0)
-        };
-        let ended = waitpid(parent, None)?;
-        assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGKILL, _)));
-        Ok("")
-    }),
-    ("signals interrupt neither the parent nor a worker", || {
-        extern "C" fn do_nothing(_: i32) {}
-        let handler = SigHandler::Handler(do_nothing);
-        // Without the flag that resumes what a signal interrupts:
-        let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
-        // SAFETY: the handler does nothing.
-        unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
-        let signal_all = |_| {
-            for _ in 0..20 {
-                thread::sleep(Duration::from_millis(5));
-                signal::kill(Pid::from_raw(0), Signal::SIGUSR1).unwrap();
-            }
-            send(&RESULTS, 0);
-        };
-        let mut p = Pool::new(2)?;
-        p.apply_async(signal_all, 0)?;
-        receive(&RESULTS); // meanwhile the other worker waits for a task
-        p.apply_async(signal_all, 0)?;
-        p.apply_async(signal_all, 0)?;
-        for _ in 0..10_000 {
-            p.apply_async(|_| (), 0)?; // meanwhile the pipe is full
+        if let ForkResult::Parent { .. } = unsafe { fork() }? {
+            thread::sleep(Duration::from_millis(100)); // so that the worker waits for a task
+            signal::raise(Signal::SIGKILL)?;
         }
-        p.apply_async(signal_all, 0)?;
-        p.close();
-        p.join()?;
-        Ok("")
-    }),
-    ("a pool that cannot be made leaves no worker", || {
-        // The limit does not hold for root. For another user, `setuid` just fails.
-        // SAFETY: `setuid` can always be called.
-        unsafe { libc::setuid(65_534) };
-        let mut limits = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: `getrlimit` writes `limits`, and no more.
-        unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limits) };
-        // One more process each time, so that at some limit only the second fork fails:
-        limits.rlim_cur = 0;
-        let mut p = loop {
-            // SAFETY: `setrlimit` reads `limits`, and no more.
-            unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &limits) };
-            match Pool::new(2) {
-                Ok(p) => break p,
-                Err(e) => assert!(e.to_string().starts_with("fork: "), "{e}"),
-            }
-            assert_eq!(wait(), Err(Errno::ECHILD));
-            limits.rlim_cur += 1;
-        };
-        // Two tasks that need each other, and so two workers:
-        p.apply_async(|_| send(&GATE, receive(&RESULTS)), 0)?;
-        p.apply_async(
-            |_| {
-                send(&RESULTS, 0);
-                receive(&GATE);
-            },
-            0,
-        )?;
-        p.close();
-        p.join()?;
-        Ok("")
-    }),
-    ("`new` says what is wrong", || {
-        assert_eq!(
-            error(Pool::new(0)),
-            "Number of processes must be at least 1"
-        );
-        lose_output();
-        assert!(error(Pool::new(1)).starts_with("stdout: "));
-        let none = libc::rlimit {
-            rlim_cur: 0,
-            rlim_max: 0,
-        };
-        // SAFETY: `setrlimit` reads `none`, and no more.
-        unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) };
-        assert!(error(Pool::new(1)).starts_with("pipe: "));
-        Ok("")
-    }),
-    ("a misuse is an error with Python's message", || {
-        let mut p = Pool::new(1)?;
-        assert_eq!(error(p.join()), "Pool is still running");
-        p.close();
-        assert_eq!(error(p.apply_async(|_| (), 0)), "Pool not running");
-        p.join()?;
-        p.close();
-        p.join()?;
-        Ok("")
-    }),
-];
+        while parent_id() == parent {
+            thread::sleep(Duration::from_millis(1));
+        }
+        let _ = p.apply_async(|_| println!("begun"), 0); // fails if the worker has ended already
+        process::exit(0)
+    };
+    let ended = waitpid(parent, None)?;
+    assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGKILL, _)));
+    Ok("")
+});
+
+promise!(signals_interrupt_neither_the_parent_nor_a_worker, || {
+    extern "C" fn do_nothing(_: i32) {}
+    let handler = SigHandler::Handler(do_nothing);
+    // Without the flag that resumes what a signal interrupts:
+    let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
+    // SAFETY: the handler does nothing.
+    unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
+    let signal_all = |_| {
+        for _ in 0..20 {
+            thread::sleep(Duration::from_millis(5));
+            signal::kill(Pid::from_raw(0), Signal::SIGUSR1).unwrap();
+        }
+        send(&RESULTS, 0);
+    };
+    let mut p = Pool::new(2)?;
+    p.apply_async(signal_all, 0)?;
+    receive(&RESULTS); // meanwhile the other worker waits for a task
+    p.apply_async(signal_all, 0)?;
+    p.apply_async(signal_all, 0)?;
+    for _ in 0..10_000 {
+        p.apply_async(|_| (), 0)?; // meanwhile the pipe is full
+    }
+    p.apply_async(signal_all, 0)?;
+    p.close();
+    p.join()?;
+    Ok("")
+});
+
+promise!(a_pool_that_cannot_be_made_leaves_no_worker, || {
+    // The limit does not hold for root. For another user, `setuid` just fails.
+    // SAFETY: `setuid` can always be called.
+    unsafe { libc::setuid(65_534) };
+    let mut limits = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `getrlimit` writes `limits`, and no more.
+    unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limits) };
+    // One more process each time, so that at some limit only the second fork fails:
+    limits.rlim_cur = 0;
+    let mut p = loop {
+        // SAFETY: `setrlimit` reads `limits`, and no more.
+        unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &limits) };
+        match Pool::new(2) {
+            Ok(p) => break p,
+            Err(e) => assert!(e.to_string().starts_with("fork: "), "{e}"),
+        }
+        assert_eq!(wait(), Err(Errno::ECHILD));
+        limits.rlim_cur += 1;
+    };
+    // Two tasks that need each other, and so two workers:
+    let send_and_wait = |_| {
+        send(&RESULTS, 0);
+        receive(&GATE);
+    };
+    p.apply_async(send_and_wait, 0)?;
+    p.apply_async(|_| send(&GATE, receive(&RESULTS)), 0)?;
+    p.close();
+    p.join()?;
+    Ok("")
+});
+
+promise!(new_says_what_is_wrong, || {
+    let message = "Number of processes must be at least 1";
+    assert_eq!(error(Pool::new(0)), message);
+    lose_output();
+    assert!(error(Pool::new(1)).starts_with("stdout: "));
+    let none = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
+    };
+    // SAFETY: `setrlimit` reads `none`, and no more.
+    unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &none) };
+    assert!(error(Pool::new(1)).starts_with("pipe: "));
+    Ok("")
+});
+
+promise!(a_misuse_is_an_error_with_pythons_message, || {
+    let mut p = Pool::new(1)?;
+    assert_eq!(error(p.join()), "Pool is still running");
+    p.close();
+    assert_eq!(error(p.apply_async(|_| (), 0)), "Pool not running");
+    p.join()?;
+    p.close();
+    p.join()?;
+    Ok("")
+});
 
 /// Pipes by which the processes of a program wait for each other, or pass numbers on.
 static GATE: Pipe = LazyLock::new(|| io::pipe().unwrap());
@@ -388,92 +404,65 @@ impl Drop for PrintsWhenDropped {
     }
 }
 
-/// Runs the promises whose names contain one of the words, or all if there are none.
-///
-/// `cargo nextest run` first asks for the names (`--list`), and then runs each by its name.
-fn main() -> Result<(), Box<dyn Error>> {
-    let (mut words, mut skip, mut list) = (Vec::new(), Vec::new(), false);
-    let mut args = env::args().skip(1);
-    while let Some(arg) = args.next() {
-        match arg.as_str() {
-            "--program" => return program(&args.next().unwrap_or_default()),
-            "--list" => list = true,
-            "--skip" => skip.extend(args.next()),
-            "--ignored" => words.push(arg), // which no name contains, since no promise is ignored
-            // The next one is the flag's value, and no word.
-            "-Z" | "--color" | "--format" | "--logfile" | "--test-threads" => drop(args.next()),
-            flag if flag.starts_with('-') => (),
-            _ => words.push(arg),
-        }
+/// Set in a process that a test has started to run its program.
+const RUNS_PROGRAM: &str = "RUNS_PROGRAM";
+
+/// Stands between what the test harness prints and what a program prints.
+const BEGIN: &str = "the program prints:\n";
+
+/// Starts this test once more, to run its program there, and checks what that prints.
+#[track_caller]
+fn run(name: &str, program: Program) {
+    if env::var_os(RUNS_PROGRAM).is_some() {
+        run_in_child(program);
     }
-    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for (name, _) in PROMISES {
-        let contains = |word: &String| name.contains(word.as_str());
-        let chosen = words.is_empty() || words.iter().any(contains);
-        if !chosen || skip.iter().any(contains) {
-            skipped += 1;
-        } else if list {
-            println!("{name}: test");
-        } else if let Err(error) = run(name) {
-            println!("test {name} ... FAILED: {error}");
-            failed += 1;
-        } else {
-            println!("test {name} ... ok");
-            passed += 1;
-        }
-    }
-    if !list {
-        println!("{passed} passed, {failed} failed, {skipped} skipped");
-    }
-    if failed > 0 {
-        return Err("not all promises hold".into());
-    }
-    Ok(())
+    let begin = Instant::now();
+    let run = Command::new(env::current_exe().unwrap())
+        .args([name, "--exact", "--nocapture"])
+        .envs([(RUNS_PROGRAM, "1"), ("RUST_BACKTRACE", "0")])
+        .output() // which ends when no process of the program is left
+        .unwrap();
+    let hung = begin.elapsed() >= Duration::from_secs(30);
+    let output = String::from_utf8_lossy(&run.stdout);
+    let errors = String::from_utf8_lossy(&run.stderr);
+    let (_, printed) = output.split_once(BEGIN).expect(&errors);
+    let seen = format!("printed {printed:?}\n{errors}");
+    assert!(
+        !hung,
+        "hung, and SIGALRM ended it after half a minute: {seen}"
+    );
+    let as_promised = errors.contains(&format!("must print {printed:?}\n"));
+    assert!(as_promised && run.status.success(), "{seen}");
 }
 
-/// Runs the program of a promise until all its processes have ended, for half a minute at most.
-fn run(name: &str) -> Result<(), Box<dyn Error>> {
-    let program = Command::new(env::current_exe()?)
-        .args(["--program", name])
-        .env("RUST_BACKTRACE", "0")
-        .process_group(0)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()?;
-    let group = Pid::from_raw(program.id().try_into()?);
-    let (sender, receiver) = mpsc::channel();
-    // All processes of the program hold the pipes, so the output ends when none is left.
-    thread::spawn(move || sender.send(program.wait_with_output()));
-    let (late, ended) = if let Ok(ended) = receiver.recv_timeout(Duration::from_secs(30)) {
-        ("", ended?)
-    } else {
-        let _ = signal::killpg(group, Signal::SIGKILL); // it fails if the last has just ended
-        (", killed after half a minute", receiver.recv()??)
-    };
-    let output = String::from_utf8_lossy(&ended.stdout);
-    let errors = String::from_utf8_lossy(&ended.stderr);
-    let as_promised = errors.contains(&format!("must print {output:?}\n"));
-    if as_promised && ended.status.success() && late.is_empty() {
-        return Ok(());
-    }
-    let status = ended.status;
-    Err(format!("printed {output:?} ({status}{late})\n{errors}").into())
-}
-
-/// Runs the program of a promise in this process, and writes to stderr what it must have printed.
-fn program(name: &str) -> Result<(), Box<dyn Error>> {
-    // Ends this process, and each that it forks, also when the tests have been killed.
+/// Runs a program in a child, and writes to stderr what it must print, and how it ended.
+fn run_in_child(program: Program) -> ! {
+    // Ends each process of the program, also when the tests have been killed.
     extern "C" fn end_in_time() {
-        alarm::set(40);
+        alarm::set(30);
     }
-    end_in_time();
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
     LazyLock::force(&GATE); // before any fork, so that all processes have the same pipes
     LazyLock::force(&RESULTS);
-    let promise = PROMISES.iter().find(|promise| promise.0 == name);
-    let (_, program) = promise.ok_or("there is no such promise")?;
-    let line = format!("must print {:?}\n", program()?);
-    eprint!("{line}"); // in one piece, since other processes may print errors at the same time
-    Ok(())
+    print!("{BEGIN}");
+    io::stdout().flush().unwrap();
+    // SAFETY: the only other thread is the test harness's, which waits for this one.
+    match unsafe { fork() }.unwrap() {
+        ForkResult::Child => {
+            // Otherwise a signal to the program's process group would reach the tests too.
+            setpgid(Pid::from_raw(0), Pid::from_raw(0)).unwrap();
+            let ended = panic::catch_unwind(|| {
+                let text = program().expect("the program returned an error");
+                let line = format!("must print {text:?}\n");
+                eprint!("{line}"); // in one piece, since its children may print errors meanwhile
+            });
+            process::exit(i32::from(ended.is_err()))
+        }
+        ForkResult::Parent { child } => {
+            let ended = waitpid(child, None).unwrap();
+            eprintln!("the program ended: {ended:?}");
+            process::exit(i32::from(ended != WaitStatus::Exited(child, 0)))
+        }
+    }
 }
