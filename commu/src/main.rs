@@ -61,14 +61,14 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// A queue of values, which are strings. Any number of processes may put values, but only one
-    /// may get them: two would each get parts of a value. One process at a time may be in `join`.
+    /// A queue of strings. Any number of processes may put values, but only one may get them: two
+    /// would get parts of values. One process at a time may be in `join`: two may wait for ever.
     ///
-    /// `get` makes a process the reader, `put` or `join` a writer: for good, and with it every
-    /// process that it starts afterwards. Until its first call, every process that was started
-    /// after the queue was made counts as both, even if the queue is not passed to it, and so does
-    /// the one that made it. While such a process lives, the others do not notice that the reader,
-    /// or the last writer, has ended, and may wait for ever.
+    /// A process that calls `get` becomes the reader, one that calls `put` or `join` a writer: for
+    /// good, and so do the processes that it starts later. Before its first call, a process counts
+    /// as both: the one that made the queue, and all that were started since, even if the queue is
+    /// not passed to them. While one that counts as both lives, the others do not notice that the
+    /// reader or the last writer has ended: they may wait for ever.
     pub struct Queue {
         // Reads values, and writes the answers to `join`; `None` in a writer:
         reader: RefCell<Option<(PipeReader, PipeWriter)>>,
@@ -77,7 +77,7 @@ pub mod multiprocessing {
     }
 
     /// The length in bytes of the longest value. Each message begins with a number: up to
-    /// `LONGEST`, it is the length of the value that follows; above, it is a request from `join`,
+    /// `LONGEST`, the length of the value that follows; above, a request from `join`, which is
     /// `LONGEST` plus the caller's process id. The kernel writes a message of up to `PIPE_BUF`
     /// bytes in one piece, so the messages of several writers do not interleave.
     const LONGEST: usize = PIPE_BUF - size_of::<usize>();
@@ -97,13 +97,13 @@ pub mod multiprocessing {
             })
         }
 
-        /// Puts a value into the queue. Waits while the pipe is full (64 KiB as a rule: 16 of the
+        /// Puts a value into the queue. Waits while the pipe is full (usually 64 KiB: 16 of the
         /// longest values, or thousands of short ones). Fails in the reader, if no reader is left,
         /// and if the value has more than 4,088 bytes (504 on macOS).
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (_, values) = writer.as_mut().ok_or(NOT_BOTH)?;
-            self.reader.take(); // otherwise no write would fail when the reader has ended
+            self.reader.take(); // so that the write fails when the reader has ended
             let length = value.len();
             if length > LONGEST {
                 return Err(format!("a value has at most {LONGEST} bytes, not {length}").into());
@@ -113,13 +113,13 @@ pub mod multiprocessing {
         }
 
         /// Takes the next value out of the queue. Waits while there is none. Fails in a writer, and
-        /// once no writer is left. A process that has made no call yet counts as a writer, so end a
-        /// loop of `get`s by a value that means the end, as in Python. Flushes stdout before it
-        /// answers a `join`, and fails if it cannot.
+        /// once no writer is left. Do not wait for that error, since a process that has made no
+        /// call counts as a writer: put a value that means the end, as in Python. Flushes stdout
+        /// before it answers a `join`, and fails if it cannot.
         pub fn get(&self) -> Result<String, Box<dyn Error>> {
             let mut reader = self.reader.borrow_mut();
             let (values, answers) = reader.as_mut().ok_or(NOT_BOTH)?;
-            self.writer.take(); // otherwise no end-of-file would come when the writers have ended
+            self.writer.take(); // so that end-of-file comes when the writers have ended
             let mut number = [0; size_of::<usize>()];
             loop {
                 values.read_exact(&mut number).map_err(|_| NO_WRITER)?;
@@ -131,22 +131,22 @@ pub mod multiprocessing {
                 }
                 // `terminate` usually comes next, and SIGTERM discards what is still buffered.
                 io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-                // An error means that the process in `join` was killed; the pipe may hold values.
+                // An error means that the process in `join` was killed: go on to the next value.
                 let _ = answers.write_all(&number);
             }
         }
 
-        /// Waits until the reader has finished with all values, that is, calls `get` after the last
-        /// one, like the `join` of Python's `JoinableQueue`. Fails in the reader, and if no reader
-        /// is left, even if all values have been read.
+        /// Waits, like the `join` of Python's `JoinableQueue`, until the reader has finished with
+        /// all values, that is, calls `get` after the last one. Fails in the reader, and if no
+        /// reader is left, even if all values have been read.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (answers, values) = writer.as_mut().ok_or(NOT_BOTH)?;
-            self.reader.take(); // otherwise neither call would fail when the reader has ended
+            self.reader.take(); // so that the write and the read fail when the reader has ended
             let request = (LONGEST + process::id() as usize).to_ne_bytes();
             values.write_all(&request).map_err(|_| NO_READER)?;
             let mut answer = [0; size_of::<usize>()];
-            // Another answer than this process's own is for one that was killed in `join`.
+            // An answer to another process is left over: that process was killed in `join`.
             while answer != request {
                 answers.read_exact(&mut answer).map_err(|_| NO_READER)?;
             }
@@ -175,26 +175,26 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr. The child's exit status is 1 then, and also if the
-        /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
-        /// `start` fails if stdout cannot be flushed or no process can be made, and panics, as
-        /// Python raises an AssertionError, if the process was started before. The parent's copy of
-        /// `args` is dropped: that must not remove what the child needs, such as a temporary file.
+        /// Starts the child, which calls the target and ends. Fails if stdout cannot be flushed or
+        /// no child can be made. Panics (Python: AssertionError) if the process was started before.
+        /// An error or a panic of the target is printed to stderr, and the child's exit status is
+        /// then 1. It is also 1 if the target returns an `ExitCode` other than `SUCCESS`, or if the
+        /// child cannot flush stdout. The parent drops its copy of `args`: the drop must not remove
+        /// what the child needs, such as a temporary file.
         ///
-        /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another one holds stays locked in the child for ever. Make an async
-        /// runtime, even one without threads, in the child: two copies get each other's events.
-        /// (This ought to be an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
+        /// Call this only while the process has one thread: fork copies the calling thread alone,
+        /// and a lock that another one holds stays locked in the child for ever. Nor may an async
+        /// runtime exist, even one without threads, since both copies get its events: make it in
+        /// the child. (`start` ought to be an `unsafe fn`; it is not, to read like Python's.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
-            // Otherwise both processes print what is still buffered.
+            // Without this, both processes would print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             // SAFETY: the caller has one thread, so the child may call any function.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
                 ForkResult::Child => {
                     let run = || {
-                        // Otherwise all children may draw the same numbers.
+                        // Without this, all children may draw the same numbers.
                         rand::rng().reseed().expect("cannot reseed");
                         // `report` prints an error, as it does for `main`.
                         self.args.take().map(self.target).map(R::report)
@@ -212,7 +212,7 @@ pub mod multiprocessing {
             Ok(())
         }
 
-        /// Waits for the child to end; does nothing the second time. Fails unless the child's exit
+        /// Waits for the child to end; a second call returns `Ok`. Fails unless the child's exit
         /// status is 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");
@@ -232,9 +232,9 @@ pub mod multiprocessing {
             }
         }
 
-        /// Sends SIGTERM to the child, and waits for it to end, however long that takes and
-        /// whatever the child does with the signal. Fails unless SIGTERM ended the child or its
-        /// exit status is 0. Does nothing if the process was never started or has been waited for.
+        /// Sends SIGTERM to the child, and waits for the child to end: for ever, if it ignores
+        /// SIGTERM and runs on. Fails unless SIGTERM ended the child or its exit status is 0. Does
+        /// nothing if the process was never started or has been joined.
         pub fn terminate(&mut self) -> Result<(), Box<dyn Error>> {
             let Some(pid) = self.pid else {
                 return Ok(());

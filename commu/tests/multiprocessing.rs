@@ -1,8 +1,8 @@
-//! What `mod multiprocessing` promises, each promise by a small program that uses it.
+//! What `mod multiprocessing` promises: each promise is a test by a small program that uses it.
 //!
-//! To add one, copy a `promise!`, and change its name and its program; the text that the program
-//! returns is what must be printed. Any test in this file, and in another that has the same
-//! `mod demo`, reaches what is `pub` in `main.rs` as `demo::…`.
+//! To add one, copy a `promise!`, and change its name and its program, which returns the text that
+//! must be printed. Make processes only in a `promise!`: other tests run beside other threads. All
+//! that is `pub` in `main.rs` is `demo::…` here, and in a test file that has the same `mod demo`.
 
 use std::error::Error;
 use std::fs::File;
@@ -20,7 +20,7 @@ use nix::unistd::{ForkResult, Pid, alarm, fork, getpid, getppid, setpgid};
 
 use demo::multiprocessing::{Process, Queue};
 
-// The module is in a program, which a test can only include; its `main` is not used.
+// A test cannot `use` a program: it includes `main.rs`, and does not call its `main`.
 #[path = "../src/main.rs"]
 #[allow(dead_code)]
 mod demo;
@@ -33,9 +33,9 @@ const NO_WRITER: &str = "no writer of the queue is left";
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-/// A promise is a program that asserts, and returns what it and its children must print to stdout.
-/// This makes it a test, which runs the program in a process of its own: that has a single thread,
-/// as the module requires, and is ended after half a minute.
+/// Makes a test from a program that asserts, and returns what it and its children must print to
+/// stdout. The test runs the program in a new process, which has one thread, as the module
+/// requires, and which SIGALRM ends after half a minute.
 macro_rules! promise {
     ($name:ident, $program:expr) => {
         #[test]
@@ -130,7 +130,7 @@ promise!(a_process_that_is_dropped_goes_on, || {
         }
         println!("child");
     };
-    start(outlive, getpid())?; // which drops it
+    start(outlive, getpid())?; // dropped here
     Ok("child\n")
 });
 
@@ -201,7 +201,7 @@ promise!(terminate_does_nothing_when_no_child_is_left, || {
     Ok("")
 });
 
-promise!(values_come_out_as_they_were_put_in_order, || {
+promise!(values_come_out_intact_and_in_order, || {
     let put = |q: &Queue| {
         q.put("进程\n")?;
         q.put("")?;
@@ -255,7 +255,7 @@ promise!(values_of_several_writers_do_not_interleave, || {
 promise!(a_writer_that_is_killed_leaves_values_intact, || {
     let q = Queue::new()?;
     let mut pw = start(fill, &q)?;
-    thread::sleep(Duration::from_millis(100)); // so that the writer waits for room
+    thread::sleep(Duration::from_millis(100)); // so that the pipe is full
     pw.terminate()?;
     let failure = loop {
         match q.get() {
@@ -304,10 +304,10 @@ promise!(queue_join_waits_for_its_own_answer, || {
     let q = Queue::new()?;
     let (gate, mut opens_gate) = io::pipe()?;
     let mut pr = start(read, (&q, &gate))?;
-    let mut joins = start(Queue::join, &q)?;
+    let mut other = start(Queue::join, &q)?;
     q.put("A")?;
     thread::sleep(Duration::from_millis(100)); // so that the other process waits for an answer
-    joins.terminate()?;
+    other.terminate()?;
     opens_gate.write_all(&[0])?;
     q.put("B")?;
     q.join()?;
@@ -322,15 +322,15 @@ promise!(a_process_may_be_killed_in_queue_join, || {
         q.put("A")
     };
     let q = Queue::new()?;
-    let mut joins = start(Queue::join, &q)?;
+    let mut other = start(Queue::join, &q)?;
     start(put, &q)?.join()?;
-    joins.terminate()?;
+    other.terminate()?;
     assert_eq!(q.get()?, "A");
     assert_eq!(error(q.get()), NO_WRITER);
     Ok("")
 });
 
-promise!(each_call_fails_in_a_process_that_is_alone, || {
+promise!(each_call_fails_without_another_process, || {
     assert_eq!(error(Queue::new()?.put("A")), NO_READER);
     assert_eq!(error(Queue::new()?.join()), NO_READER);
     assert_eq!(error(Queue::new()?.get()), NO_WRITER);
@@ -345,17 +345,6 @@ promise!(put_and_queue_join_fail_when_no_reader_is_left, || {
     assert_eq!(error(q.put("B")), NO_READER);
     assert_eq!(error(q.put("C")), NO_READER);
     assert_eq!(error(q.join()), NO_READER);
-    Ok("")
-});
-
-promise!(put_and_queue_join_fail_when_the_reader_ends, || {
-    let end = |_: &Queue| thread::sleep(Duration::from_millis(200));
-    let q = Queue::new()?;
-    start(end, &q)?;
-    let mut pw = start(fill, &q)?;
-    thread::sleep(Duration::from_millis(100)); // so that the pipe is full
-    assert_eq!(error(q.join()), NO_READER);
-    pw.join()?;
     Ok("")
 });
 
@@ -379,7 +368,7 @@ promise!(a_process_is_either_the_reader_or_a_writer, || {
 promise!(signals_do_not_interrupt_a_queue, || {
     let read = |(q, parent): (&Queue, _)| {
         for _ in 0..40 {
-            send_signal(parent); // while the parent waits for room, in `put` and then in `join`
+            send_signal(parent); // while the pipe is full, in `put` and then in `join`
             q.get()?;
         }
         send_signals(parent); // while the parent waits for the answer
@@ -403,7 +392,7 @@ promise!(signals_do_not_interrupt_a_queue, || {
     Ok("")
 });
 
-promise!(all_end_when_the_parent_was_killed, || {
+promise!(the_reader_ends_when_the_parent_was_killed, || {
     let be_killed = || -> Result<(), Box<dyn Error>> {
         let write = |(q, parent): (&Queue, Pid)| {
             while getppid() == parent {
@@ -441,7 +430,7 @@ promise!(a_reader_whose_output_is_lost_does_not_answer, || {
 });
 
 promise!(a_queue_needs_room_for_two_pipes, || {
-    // Each pipe takes two descriptors, the first of which is the lowest that is free.
+    // `free` is the lowest descriptor that a pipe can take. Each pipe takes two.
     let free = File::open("/dev/null")?.as_raw_fd();
     for room in [2, 0] {
         let limit = (free + room).try_into()?;
@@ -511,7 +500,7 @@ impl Drop for PrintsWhenDropped {
     }
 }
 
-/// Handles SIGUSR1, without the flag that resumes what the signal interrupts.
+/// Handles SIGUSR1 without SA_RESTART, so that it interrupts calls that wait.
 fn handle_sigusr1() -> nix::Result<SigAction> {
     extern "C" fn do_nothing(_: i32) {}
     let handler = SigHandler::Handler(do_nothing);
@@ -532,7 +521,7 @@ fn send_signal(parent: Pid) {
     thread::sleep(Duration::from_millis(5)); // so that the parent is interrupted
 }
 
-/// Puts values of the greatest length until no reader is left.
+/// Puts values of `LONGEST` bytes until no reader is left.
 fn fill(q: &Queue) {
     while q.put(&"x".repeat(LONGEST)).is_ok() {}
 }
@@ -545,63 +534,58 @@ fn read_slowly(q: &Queue) -> Result<(), Box<dyn Error>> {
     }
 }
 
-/// Set in a process that a test has started to run its program.
-const RUNS_PROGRAM: &str = "RUNS_PROGRAM";
-
-/// Stands between what the test harness prints and what a program prints.
-const BEGIN: &str = "the program prints:\n";
-
-/// Starts this test once more, to run its program there, and checks what that prints.
+/// Runs the program in a second process of this test, and checks what it prints.
 #[track_caller]
 fn run(name: &str, program: Program) {
-    if env::var_os(RUNS_PROGRAM).is_some() {
-        run_in_child(program);
+    let begin = format!("{name} prints:\n"); // what stands above it is the test harness's
+    if env::var_os("RUN_THE_PROGRAM").is_some() {
+        run_in_child(&begin, program);
     }
-    let begin = Instant::now();
-    let run = Command::new(env::current_exe().unwrap())
+    let start = Instant::now();
+    let test = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
-        .envs([(RUNS_PROGRAM, "1"), ("RUST_BACKTRACE", "0")])
-        .output() // which ends when no process of the program is left
+        .envs([("RUN_THE_PROGRAM", ""), ("RUST_BACKTRACE", "0")])
+        .output() // waits until no process of the program is left
         .unwrap();
-    let hung = begin.elapsed() >= Duration::from_secs(30);
-    let output = String::from_utf8_lossy(&run.stdout);
-    let errors = String::from_utf8_lossy(&run.stderr);
-    let (_, printed) = output.split_once(BEGIN).expect(&errors);
+    let hung = start.elapsed() >= Duration::from_secs(30);
+    let output = String::from_utf8_lossy(&test.stdout);
+    let errors = String::from_utf8_lossy(&test.stderr);
+    let (_, printed) = output.split_once(&begin).expect(&errors);
     let seen = format!("printed {printed:?}\n{errors}");
     assert!(
         !hung,
         "hung, and SIGALRM ended it after half a minute: {seen}"
     );
     let as_promised = errors.contains(&format!("must print {printed:?}\n"));
-    assert!(as_promised && run.status.success(), "{seen}");
+    assert!(as_promised && test.status.success(), "{seen}");
 }
 
-/// Runs a program in a child, and writes to stderr what it must print, and how it ended.
-fn run_in_child(program: Program) -> ! {
-    // Ends each process of the program, also when the tests have been killed.
+/// Runs the program in a child. Writes to stderr what it must print, and how it ended.
+fn run_in_child(begin: &str, program: Program) -> ! {
+    // Ends each process of the program, even if the tests have been killed.
     extern "C" fn end_in_time() {
         alarm::set(30);
     }
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
-    print!("{BEGIN}");
+    print!("{begin}");
     io::stdout().flush().unwrap();
     // SAFETY: the only other thread is the test harness's, which waits for this one.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
-            // Otherwise a signal to the program's process group would reach the tests too.
+            // A group of its own: otherwise a signal to the group would reach the tests.
             setpgid(Pid::from_raw(0), Pid::from_raw(0)).unwrap();
             let ended = panic::catch_unwind(|| {
                 let text = program().expect("the program returned an error");
                 let line = format!("must print {text:?}\n");
-                eprint!("{line}"); // in one piece, since its children may print errors meanwhile
+                eprint!("{line}"); // in one piece: its children may print errors meanwhile
             });
             process::exit(i32::from(ended.is_err()))
         }
         ForkResult::Parent { child } => {
-            let ended = waitpid(child, None).unwrap();
-            eprintln!("the program ended: {ended:?}");
-            process::exit(i32::from(ended != WaitStatus::Exited(child, 0)))
+            let status = waitpid(child, None).unwrap();
+            eprintln!("the program ended: {status:?}");
+            process::exit(i32::from(status != WaitStatus::Exited(child, 0)))
         }
     }
 }

@@ -1,4 +1,4 @@
-//! A parent runs a function in a child process, and waits for it to end.
+//! A parent runs a function in a child process, and waits for the child to end.
 //!
 //! The tutorial's section 二、multiprocessing, `demo2/multipro.py`.
 //! Run it with `cargo run -p multipro`.
@@ -54,22 +54,22 @@ pub mod multiprocessing {
             }
         }
 
-        /// Starts the child, which calls the target and ends. If the target returns an error or
-        /// panics, that is printed to stderr. The child's exit status is 1 then, and also if the
-        /// target returns an `ExitCode` other than `SUCCESS`, or if the child cannot flush stdout.
-        /// `start` fails if stdout cannot be flushed or no process can be made, and panics, as
-        /// Python raises an AssertionError, if the process was started before. The parent's copy of
-        /// `args` is dropped: that must not remove what the child needs, such as a temporary file.
+        /// Starts the child, which calls the target and ends. Fails if stdout cannot be flushed or
+        /// no child can be made. Panics (Python: AssertionError) if the process was started before.
+        /// An error or a panic of the target is printed to stderr, and the child's exit status is
+        /// then 1. It is also 1 if the target returns an `ExitCode` other than `SUCCESS`, or if the
+        /// child cannot flush stdout. The parent drops its copy of `args`: the drop must not remove
+        /// what the child needs, such as a temporary file.
         ///
-        /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another one holds stays locked in the child for ever. Make an async
-        /// runtime, even one without threads, in the child: two copies get each other's events.
-        /// (This ought to be an `unsafe fn`; it is not, so that `p.start()?` reads like Python.)
-        /// Once the caller has drawn random numbers from the crate rand, each child draws the same
-        /// next ones, unless its target first calls `rand::rng().reseed()`.
+        /// Call this only while the process has one thread: fork copies the calling thread alone,
+        /// and a lock that another one holds stays locked in the child for ever. Nor may an async
+        /// runtime exist, even one without threads, since both copies get its events: make it in
+        /// the child. (`start` ought to be an `unsafe fn`; it is not, to read like Python's.)
+        /// A target that draws numbers from the crate rand must first call `rand::rng().reseed()`;
+        /// otherwise all children may draw the same ones.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
-            // Otherwise both processes print what is still buffered.
+            // Without this, both processes would print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
             // SAFETY: the caller has one thread, so the child may call any function.
             match unsafe { fork() }.map_err(|e| format!("fork: {e}"))? {
@@ -89,7 +89,7 @@ pub mod multiprocessing {
             Ok(())
         }
 
-        /// Waits for the child to end; does nothing the second time. Fails unless the child's exit
+        /// Waits for the child to end; a second call returns `Ok`. Fails unless the child's exit
         /// status is 0. Panics if the process was never started.
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_none(), "can only join a started process");

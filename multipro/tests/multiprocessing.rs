@@ -1,8 +1,8 @@
-//! What `mod multiprocessing` promises, each promise by a small program that uses it.
+//! What `mod multiprocessing` promises: each promise is a test by a small program that uses it.
 //!
-//! To add one, copy a `promise!`, and change its name and its program; the text that the program
-//! returns is what must be printed. Any test in this file, and in another that has the same
-//! `mod demo`, reaches what is `pub` in `main.rs` as `demo::…`.
+//! To add one, copy a `promise!`, and change its name and its program, which returns the text that
+//! must be printed. Make processes only in a `promise!`: other tests run beside other threads. All
+//! that is `pub` in `main.rs` is `demo::…` here, and in a test file that has the same `mod demo`.
 
 use std::error::Error;
 use std::io::{self, PipeWriter, Write};
@@ -19,16 +19,16 @@ use nix::unistd::{ForkResult, Pid, alarm, fork, getpid, getppid, setpgid};
 
 use demo::multiprocessing::Process;
 
-// The module is in a program, which a test can only include; its `main` is not used.
+// A test cannot `use` a program: it includes `main.rs`, and does not call its `main`.
 #[path = "../src/main.rs"]
 #[allow(dead_code)]
 mod demo;
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-/// A promise is a program that asserts, and returns what it and its children must print to stdout.
-/// This makes it a test, which runs the program in a process of its own: that has a single thread,
-/// as the module requires, and is ended after half a minute.
+/// Makes a test from a program that asserts, and returns what it and its children must print to
+/// stdout. The test runs the program in a new process, which has one thread, as the module
+/// requires, and which SIGALRM ends after half a minute.
 macro_rules! promise {
     ($name:ident, $program:expr) => {
         #[test]
@@ -123,7 +123,7 @@ promise!(a_process_that_is_dropped_goes_on, || {
         }
         println!("child");
     };
-    start(outlive, getpid())?; // which drops it
+    start(outlive, getpid())?; // dropped here
     Ok("child\n")
 });
 
@@ -198,7 +198,7 @@ impl Drop for PrintsWhenDropped {
     }
 }
 
-/// Handles SIGUSR1, without the flag that resumes what the signal interrupts.
+/// Handles SIGUSR1 without SA_RESTART, so that it interrupts calls that wait.
 fn handle_sigusr1() -> nix::Result<SigAction> {
     extern "C" fn do_nothing(_: i32) {}
     let handler = SigHandler::Handler(do_nothing);
@@ -214,63 +214,58 @@ fn send_signals(parent: Pid) {
     }
 }
 
-/// Set in a process that a test has started to run its program.
-const RUNS_PROGRAM: &str = "RUNS_PROGRAM";
-
-/// Stands between what the test harness prints and what a program prints.
-const BEGIN: &str = "the program prints:\n";
-
-/// Starts this test once more, to run its program there, and checks what that prints.
+/// Runs the program in a second process of this test, and checks what it prints.
 #[track_caller]
 fn run(name: &str, program: Program) {
-    if env::var_os(RUNS_PROGRAM).is_some() {
-        run_in_child(program);
+    let begin = format!("{name} prints:\n"); // what stands above it is the test harness's
+    if env::var_os("RUN_THE_PROGRAM").is_some() {
+        run_in_child(&begin, program);
     }
-    let begin = Instant::now();
-    let run = Command::new(env::current_exe().unwrap())
+    let start = Instant::now();
+    let test = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
-        .envs([(RUNS_PROGRAM, "1"), ("RUST_BACKTRACE", "0")])
-        .output() // which ends when no process of the program is left
+        .envs([("RUN_THE_PROGRAM", ""), ("RUST_BACKTRACE", "0")])
+        .output() // waits until no process of the program is left
         .unwrap();
-    let hung = begin.elapsed() >= Duration::from_secs(30);
-    let output = String::from_utf8_lossy(&run.stdout);
-    let errors = String::from_utf8_lossy(&run.stderr);
-    let (_, printed) = output.split_once(BEGIN).expect(&errors);
+    let hung = start.elapsed() >= Duration::from_secs(30);
+    let output = String::from_utf8_lossy(&test.stdout);
+    let errors = String::from_utf8_lossy(&test.stderr);
+    let (_, printed) = output.split_once(&begin).expect(&errors);
     let seen = format!("printed {printed:?}\n{errors}");
     assert!(
         !hung,
         "hung, and SIGALRM ended it after half a minute: {seen}"
     );
     let as_promised = errors.contains(&format!("must print {printed:?}\n"));
-    assert!(as_promised && run.status.success(), "{seen}");
+    assert!(as_promised && test.status.success(), "{seen}");
 }
 
-/// Runs a program in a child, and writes to stderr what it must print, and how it ended.
-fn run_in_child(program: Program) -> ! {
-    // Ends each process of the program, also when the tests have been killed.
+/// Runs the program in a child. Writes to stderr what it must print, and how it ended.
+fn run_in_child(begin: &str, program: Program) -> ! {
+    // Ends each process of the program, even if the tests have been killed.
     extern "C" fn end_in_time() {
         alarm::set(30);
     }
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
-    print!("{BEGIN}");
+    print!("{begin}");
     io::stdout().flush().unwrap();
     // SAFETY: the only other thread is the test harness's, which waits for this one.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
-            // Otherwise a signal to the program's process group would reach the tests too.
+            // A group of its own: otherwise a signal to the group would reach the tests.
             setpgid(Pid::from_raw(0), Pid::from_raw(0)).unwrap();
             let ended = panic::catch_unwind(|| {
                 let text = program().expect("the program returned an error");
                 let line = format!("must print {text:?}\n");
-                eprint!("{line}"); // in one piece, since its children may print errors meanwhile
+                eprint!("{line}"); // in one piece: its children may print errors meanwhile
             });
             process::exit(i32::from(ended.is_err()))
         }
         ForkResult::Parent { child } => {
-            let ended = waitpid(child, None).unwrap();
-            eprintln!("the program ended: {ended:?}");
-            process::exit(i32::from(ended != WaitStatus::Exited(child, 0)))
+            let status = waitpid(child, None).unwrap();
+            eprintln!("the program ended: {status:?}");
+            process::exit(i32::from(status != WaitStatus::Exited(child, 0)))
         }
     }
 }

@@ -48,36 +48,36 @@ pub mod multiprocessing {
     /// Worker processes that read tasks from one pipe; whichever is free takes the next. Only the
     /// process that made a pool may call its methods.
     ///
-    /// A pool that is dropped without `join` is not waited for, as with std's `Child`: while the
-    /// parent lives, its workers do the queued tasks, then end. A worker that sees that the parent
-    /// has ended begins no task, and ends; tasks that are still queued are then lost. Without
-    /// `close`, an idle worker does not end before all processes that were forked after the pool
-    /// have ended, since they hold the pipe's write end too.
+    /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
+    /// do the queued tasks, then end. A worker that sees that its parent has ended begins no task,
+    /// and ends; the queued tasks are lost. In both cases, without `close`, an idle worker ends
+    /// only when all processes that were forked after the pool have ended, since they hold the
+    /// pipe's write end too.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
     }
 
-    /// The address of a function, which is the same in every fork of a program, and the argument
-    /// for the call. The address 0 tells the worker that reads it to stop.
+    /// The address of a function, which is the same in the parent and its workers, and an argument
+    /// for it. The address 0 tells the worker that reads it to stop.
     ///
     /// A task is written in one piece, since it is shorter than `PIPE_BUF`, and read in one piece,
     /// since all have one length and the kernel lets one process at a time read from a pipe.
     type Task = [[u8; size_of::<usize>()]; 2];
 
     /// The exit status of a worker that was told to stop, whose tasks did not panic, and whose
-    /// output was flushed. It is not 0, since a task may end its worker with 0, by `exit` or by
-    /// `exec` of a program that succeeds; and no common program ends with it.
+    /// output was flushed. It is not 0, since a task that calls `exit(0)`, or `exec` of a program
+    /// that succeeds, ends its worker with 0. No common program exits with 118.
     const DONE: i32 = 118;
 
     impl Pool {
         /// Makes a pool of `processes` workers. Fails if `processes` is 0, if stdout cannot be
         /// flushed, or if the pipe or one of the processes cannot be made; then no worker is left.
         ///
-        /// Call this only while the calling process has one thread: fork copies that thread alone,
-        /// so a lock that another one holds stays locked in the workers for ever. Make an async
-        /// runtime, even one without threads, in a task: its copies get each other's events. (This
-        /// ought to be an `unsafe fn`; it is not, so that `Pool::new(4)?` reads like Python.)
+        /// Call this only while the process has one thread: fork copies the calling thread alone,
+        /// and a lock that another one holds stays locked in the workers for ever. Nor may an async
+        /// runtime exist, even one without threads, since all copies get its events: make it in a
+        /// task. (`new` ought to be an `unsafe fn`; it is not, to read like Python's `Pool`.)
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
@@ -87,14 +87,14 @@ pub mod multiprocessing {
                 tasks: Some(write_end),
                 workers: Vec::new(),
             };
-            // Otherwise all processes print what is still buffered.
+            // Without this, all processes would print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-            let parent = getpid(); // before the forks, since a worker may lose this parent
+            let parent = getpid(); // not asked in the worker: the parent may have ended by then
             for _ in 0..processes {
                 // SAFETY: the caller has one thread, so the worker may call any function.
                 match unsafe { fork() } {
                     Ok(ForkResult::Child) => {
-                        pool.tasks = None; // otherwise the worker would never see end-of-file
+                        pool.tasks = None; // so that the worker can see end-of-file
                         // `read_end` may be moved in this loop, since `_exit` does not return.
                         let ended = panic::catch_unwind(|| work(read_end, parent));
                         let ok = matches!(ended, Ok(true));
@@ -110,12 +110,12 @@ pub mod multiprocessing {
                     }
                 }
             }
-            Ok(pool) // closes `read_end`: otherwise no write would fail when no worker is left
+            Ok(pool) // closes `read_end`, so that a write fails when no worker is left
         }
 
         /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on
-        /// most systems at 4,096 tasks. Fails after `close`, where Python raises a ValueError, and
-        /// once neither a worker nor a process that a task has forked is left.
+        /// most systems at 4,096 tasks. Fails (Python: ValueError) after `close`. Fails once all
+        /// workers, and all processes that tasks have forked, have ended.
         ///
         /// `func` must be in the program, or in a library that was loaded before the pool was made.
         /// (This ought to be an `unsafe fn` as well; it is not, for the same reason as `new`.)
@@ -131,7 +131,7 @@ pub mod multiprocessing {
         /// afterwards. Waits while the pipe is full.
         pub fn close(&mut self) {
             if let Some(mut tasks) = self.tasks.take() {
-                // It is not enough to close this end: a process forked later holds it as well.
+                // Closing the pipe is not enough: a process forked later has its write end too.
                 for _ in &self.workers {
                     // A write fails if no worker is left; `join` says how each has ended.
                     let _ = tasks.write_all(Task::default().as_flattened());
@@ -139,10 +139,10 @@ pub mod multiprocessing {
             }
         }
 
-        /// Waits for all workers to end; does nothing the second time. Fails before `close`. Fails
-        /// if a task panicked, or if a worker was killed, ended before it was told to stop, could
-        /// not flush stdout or has an unknown exit status; the error says how each such worker
-        /// ended. (A task that exits with status 118 is not noticed.)
+        /// Waits for all workers to end; a second call returns `Ok`. Fails before `close`. Fails if
+        /// a task panicked, or if a worker was killed, ended before it was told to stop, could not
+        /// flush stdout or has an unknown exit status: the error says which workers, and how each
+        /// ended. (A task's `exit(118)` is not noticed.)
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
@@ -157,21 +157,21 @@ pub mod multiprocessing {
 
     /// Runs tasks. Returns true if this worker was told to stop and none of its tasks panicked.
     fn work(mut tasks: PipeReader, parent: Pid) -> bool {
-        // Otherwise the workers may all draw the same numbers.
+        // Without this, all workers may draw the same numbers.
         rand::rng().reseed().expect("cannot reseed");
         let ids = (getpid(), parent);
-        let goes_on = || (getpid(), getppid()) == ids;
+        let may_run = || (getpid(), getppid()) == ids;
         let mut ok = true;
         let mut task = Task::default();
-        // The first look is for a process that a task has forked: when it returns from the task, it
-        // must not read another. The second is since the parent may end while the worker waits.
-        while goes_on() && tasks.read_exact(task.as_flattened_mut()).is_ok() && goes_on() {
+        // The first check stops a process that a task has forked: it returns here, but must read no
+        // task. The second is needed since the parent may end while the worker waits for a task.
+        while may_run() && tasks.read_exact(task.as_flattened_mut()).is_ok() && may_run() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
                 return ok;
             }
-            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and whoever called it saw
-            // to it that the function was there when this worker was forked.
+            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and its caller sees to it
+            // that the function was loaded before the pool was made.
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
             let ended = panic::catch_unwind(|| func(arg));
             ok &= ended.is_ok();
@@ -180,7 +180,7 @@ pub mod multiprocessing {
         false
     }
 
-    /// Waits for `worker` to end. Returns how it failed, unless its exit status is `DONE`.
+    /// Waits for `worker` to end. Returns how it failed, or `None` if it exited with `DONE`.
     fn wait(worker: Pid) -> Option<String> {
         loop {
             let failure = match waitpid(worker, None) {

@@ -1,8 +1,8 @@
-//! What `mod multiprocessing` promises, each promise by a small program that uses it.
+//! What `mod multiprocessing` promises: each promise is a test by a small program that uses it.
 //!
-//! To add one, copy a `promise!`, and change its name and its program; the text that the program
-//! returns is what must be printed. Any test in this file, and in another that has the same
-//! `mod demo`, reaches what is `pub` in `main.rs` as `demo::…`.
+//! To add one, copy a `promise!`, and change its name and its program, which returns the text that
+//! must be printed. Make processes only in a `promise!`: other tests run beside other threads. All
+//! that is `pub` in `main.rs` is `demo::…` here, and in a test file that has the same `mod demo`.
 
 use std::error::Error;
 use std::fs::File;
@@ -22,16 +22,16 @@ use nix::unistd::{ForkResult, Pid, alarm, fork, setpgid};
 
 use demo::multiprocessing::Pool;
 
-// The module is in a program, which a test can only include; its `main` is not used.
+// A test cannot `use` a program: it includes `main.rs`, and does not call its `main`.
 #[path = "../src/main.rs"]
 #[allow(dead_code)]
 mod demo;
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-/// A promise is a program that asserts, and returns what it and its children must print to stdout.
-/// This makes it a test, which runs the program in a process of its own: that has a single thread,
-/// as the module requires, and is ended after half a minute.
+/// Makes a test from a program that asserts, and returns what it and its children must print to
+/// stdout. The test runs the program in a new process, which has one thread, as the module
+/// requires, and which SIGALRM ends after half a minute.
 macro_rules! promise {
     ($name:ident, $program:expr) => {
         #[test]
@@ -47,7 +47,7 @@ promise!(each_task_is_done_once_however_many_there_are, || {
     for i in 0..10_000 {
         p.apply_async(|i| send(&RESULTS, i), i)?;
         if i >= 300 {
-            done.push(receive(&RESULTS)); // at most 300 wait: more might fill their pipe
+            done.push(receive(&RESULTS)); // 300 stay unread: more might fill the pipe
         }
     }
     p.close();
@@ -62,8 +62,7 @@ promise!(each_task_is_done_once_however_many_there_are, || {
 
 promise!(a_worker_that_is_free_takes_the_next_task, || {
     let mut p = Pool::new(2)?;
-    let wait = |_| assert_eq!(receive(&GATE), 0);
-    p.apply_async(wait, 0)?;
+    p.apply_async(|_| assert_eq!(receive(&GATE), 0), 0)?;
     for i in 1..10 {
         p.apply_async(|i| println!("{i}"), i)?;
     }
@@ -79,20 +78,20 @@ promise!(join_says_how_a_worker_has_failed, || {
     assert_eq!(failure(&[|_| process::exit(0)]), "exited with status 0");
     let exec = |_| drop(Command::new("true").exec());
     assert_eq!(failure(&[exec]), "exited with status 0");
-    // The numbers beside the one of a worker that has done all as told:
+    // The two exit statuses next to that of a worker without a failure:
     assert_eq!(failure(&[|_| process::exit(117)]), "exited with status 117");
     assert_eq!(failure(&[|_| process::exit(119)]), "exited with status 119");
     let kill = |_| signal::raise(Signal::SIGKILL).unwrap();
     assert_eq!(failure(&[kill]), "was killed by SIGKILL");
     assert_eq!(failure(&[|_| lose_output()]), "exited with status 1");
     // Makes the worker read end-of-file, and no task.
-    let lay_null_over_the_pipe = |_| {
+    let replace_the_pipe_by_null = |_| {
         let null = File::open("/dev/null").unwrap();
         for fd in 3..null.as_raw_fd() {
             replace(fd, &null);
         }
     };
-    let tasks: [fn(usize); 2] = [lay_null_over_the_pipe, |_| println!("not done")];
+    let tasks: [fn(usize); 2] = [replace_the_pipe_by_null, |_| println!("not done")];
     assert_eq!(failure(&tasks), "exited with status 1");
     // While SIGCHLD is ignored, a worker that ends leaves nothing to wait for.
     // SAFETY: no handler is set.
@@ -101,7 +100,7 @@ promise!(join_says_how_a_worker_has_failed, || {
     Ok("goes on\n")
 });
 
-promise!(the_others_do_what_a_failed_worker_leaves, || {
+promise!(other_workers_do_the_remaining_tasks, || {
     let mut p = Pool::new(3)?;
     let be_killed = |_| {
         send(&GATE, id());
@@ -171,7 +170,7 @@ promise!(each_worker_draws_new_random_numbers, || {
     let mut p = Pool::new(2)?;
     p.apply_async(draw_and_wait, 0)?;
     p.apply_async(draw_and_wait, 0)?;
-    // One comes from each worker, since both wait.
+    // One number comes from each worker, since both wait.
     numbers.extend([receive(&RESULTS), receive(&RESULTS)]);
     numbers.push(draw());
     send(&GATE, 0);
@@ -229,7 +228,7 @@ promise!(a_pool_that_is_dropped_does_its_tasks_and_ends, || {
 });
 
 promise!(no_task_is_begun_once_the_parent_has_ended, || {
-    // The child makes the pool, and then a process that has the pool too.
+    // The child makes the pool, then a process that has the pool too.
     // SAFETY: this process has one thread.
     let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
         let mut p = Pool::new(1)?;
@@ -253,7 +252,7 @@ promise!(no_task_is_begun_once_the_parent_has_ended, || {
 promise!(signals_interrupt_neither_the_parent_nor_a_worker, || {
     extern "C" fn do_nothing(_: i32) {}
     let handler = SigHandler::Handler(do_nothing);
-    // Without the flag that resumes what a signal interrupts:
+    // Without SA_RESTART, so that the signal interrupts calls that wait:
     let action = SigAction::new(handler, SaFlags::empty(), SigSet::empty());
     // SAFETY: the handler does nothing.
     unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
@@ -279,7 +278,7 @@ promise!(signals_interrupt_neither_the_parent_nor_a_worker, || {
 });
 
 promise!(a_pool_that_cannot_be_made_leaves_no_worker, || {
-    // The limit does not hold for root. For another user, `setuid` just fails.
+    // RLIMIT_NPROC does not hold for root. For another user, `setuid` just fails.
     // SAFETY: `setuid` can always be called.
     unsafe { libc::setuid(65_534) };
     let mut limits = libc::rlimit {
@@ -358,8 +357,8 @@ fn id() -> usize {
     process::id() as usize
 }
 
-/// Lets one worker do the tasks, and it must fail. Returns the error of `join` without the
-/// worker's id.
+/// Runs the tasks in one worker, which must fail. Returns the error of `join` without the worker's
+/// id.
 #[track_caller]
 fn failure(tasks: &[fn(usize)]) -> String {
     let send_id_and_wait: fn(usize) = |_| {
@@ -404,40 +403,35 @@ impl Drop for PrintsWhenDropped {
     }
 }
 
-/// Set in a process that a test has started to run its program.
-const RUNS_PROGRAM: &str = "RUNS_PROGRAM";
-
-/// Stands between what the test harness prints and what a program prints.
-const BEGIN: &str = "the program prints:\n";
-
-/// Starts this test once more, to run its program there, and checks what that prints.
+/// Runs the program in a second process of this test, and checks what it prints.
 #[track_caller]
 fn run(name: &str, program: Program) {
-    if env::var_os(RUNS_PROGRAM).is_some() {
-        run_in_child(program);
+    let begin = format!("{name} prints:\n"); // what stands above it is the test harness's
+    if env::var_os("RUN_THE_PROGRAM").is_some() {
+        run_in_child(&begin, program);
     }
-    let begin = Instant::now();
-    let run = Command::new(env::current_exe().unwrap())
+    let start = Instant::now();
+    let test = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
-        .envs([(RUNS_PROGRAM, "1"), ("RUST_BACKTRACE", "0")])
-        .output() // which ends when no process of the program is left
+        .envs([("RUN_THE_PROGRAM", ""), ("RUST_BACKTRACE", "0")])
+        .output() // waits until no process of the program is left
         .unwrap();
-    let hung = begin.elapsed() >= Duration::from_secs(30);
-    let output = String::from_utf8_lossy(&run.stdout);
-    let errors = String::from_utf8_lossy(&run.stderr);
-    let (_, printed) = output.split_once(BEGIN).expect(&errors);
+    let hung = start.elapsed() >= Duration::from_secs(30);
+    let output = String::from_utf8_lossy(&test.stdout);
+    let errors = String::from_utf8_lossy(&test.stderr);
+    let (_, printed) = output.split_once(&begin).expect(&errors);
     let seen = format!("printed {printed:?}\n{errors}");
     assert!(
         !hung,
         "hung, and SIGALRM ended it after half a minute: {seen}"
     );
     let as_promised = errors.contains(&format!("must print {printed:?}\n"));
-    assert!(as_promised && run.status.success(), "{seen}");
+    assert!(as_promised && test.status.success(), "{seen}");
 }
 
-/// Runs a program in a child, and writes to stderr what it must print, and how it ended.
-fn run_in_child(program: Program) -> ! {
-    // Ends each process of the program, also when the tests have been killed.
+/// Runs the program in a child. Writes to stderr what it must print, and how it ended.
+fn run_in_child(begin: &str, program: Program) -> ! {
+    // Ends each process of the program, even if the tests have been killed.
     extern "C" fn end_in_time() {
         alarm::set(30);
     }
@@ -445,24 +439,24 @@ fn run_in_child(program: Program) -> ! {
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
     LazyLock::force(&GATE); // before any fork, so that all processes have the same pipes
     LazyLock::force(&RESULTS);
-    print!("{BEGIN}");
+    print!("{begin}");
     io::stdout().flush().unwrap();
     // SAFETY: the only other thread is the test harness's, which waits for this one.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
-            // Otherwise a signal to the program's process group would reach the tests too.
+            // A group of its own: otherwise a signal to the group would reach the tests.
             setpgid(Pid::from_raw(0), Pid::from_raw(0)).unwrap();
             let ended = panic::catch_unwind(|| {
                 let text = program().expect("the program returned an error");
                 let line = format!("must print {text:?}\n");
-                eprint!("{line}"); // in one piece, since its children may print errors meanwhile
+                eprint!("{line}"); // in one piece: its children may print errors meanwhile
             });
             process::exit(i32::from(ended.is_err()))
         }
         ForkResult::Parent { child } => {
-            let ended = waitpid(child, None).unwrap();
-            eprintln!("the program ended: {ended:?}");
-            process::exit(i32::from(ended != WaitStatus::Exited(child, 0)))
+            let status = waitpid(child, None).unwrap();
+            eprintln!("the program ended: {status:?}");
+            process::exit(i32::from(status != WaitStatus::Exited(child, 0)))
         }
     }
 }
