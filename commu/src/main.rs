@@ -136,9 +136,9 @@ pub mod multiprocessing {
             }
         }
 
-        /// Waits, like the `join` of Python's `JoinableQueue`, until the reader has finished with
-        /// all values, that is, calls `get` after the last one. Fails in the reader, and if no
-        /// reader is left, even if all values have been read.
+        /// Waits until the reader has finished with all values that were put before, that is, calls
+        /// `get` after the last of them (Python: `JoinableQueue.join`). Fails in the reader, and if
+        /// no reader is left, even if all values have been read.
         pub fn join(&self) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (answers, values) = writer.as_mut().ok_or(NOT_BOTH)?;

@@ -367,7 +367,7 @@ promise!(a_process_is_either_the_reader_or_a_writer, || {
 
 promise!(signals_do_not_interrupt_a_queue, || {
     let read = |(q, parent): (&Queue, _)| {
-        for _ in 0..40 {
+        for _ in 0..25 {
             send_signal(parent); // while the pipe is full, in `put` and then in `join`
             q.get()?;
         }
@@ -381,7 +381,7 @@ promise!(signals_do_not_interrupt_a_queue, || {
     handle_sigusr1()?;
     let (first, second) = (Queue::new()?, Queue::new()?);
     let mut pr = start(read, (&first, getpid()))?;
-    for _ in 0..40 {
+    for _ in 0..25 {
         first.put(&"x".repeat(LONGEST))?;
     }
     first.join()?;
@@ -510,7 +510,7 @@ fn handle_sigusr1() -> nix::Result<SigAction> {
 }
 
 fn send_signals(parent: Pid) {
-    for _ in 0..20 {
+    for _ in 0..10 {
         send_signal(parent);
     }
 }
@@ -538,13 +538,13 @@ fn read_slowly(q: &Queue) -> Result<(), Box<dyn Error>> {
 #[track_caller]
 fn run(name: &str, program: Program) {
     let begin = format!("{name} prints:\n"); // what stands above it is the test harness's
-    if env::var_os("RUN_THE_PROGRAM").is_some() {
+    if env::var_os("PROMISE").is_some_and(|promise| promise == name) {
         run_in_child(&begin, program);
     }
     let start = Instant::now();
     let test = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
-        .envs([("RUN_THE_PROGRAM", ""), ("RUST_BACKTRACE", "0")])
+        .envs([("PROMISE", name), ("RUST_BACKTRACE", "0")])
         .output() // waits until no process of the program is left
         .unwrap();
     let hung = start.elapsed() >= Duration::from_secs(30);
@@ -562,7 +562,7 @@ fn run(name: &str, program: Program) {
 
 /// Runs the program in a child. Writes to stderr what it must print, and how it ended.
 fn run_in_child(begin: &str, program: Program) -> ! {
-    // Ends each process of the program, even if the tests have been killed.
+    // Ends each process half a minute after its fork, even if the tests have been killed.
     extern "C" fn end_in_time() {
         alarm::set(30);
     }
@@ -570,7 +570,8 @@ fn run_in_child(begin: &str, program: Program) -> ! {
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
     print!("{begin}");
     io::stdout().flush().unwrap();
-    // SAFETY: the only other thread is the test harness's, which waits for this one.
+    // SAFETY: the only other thread, the test harness's, holds no lock but perhaps the allocator's,
+    // which fork handles.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
             // A group of its own: otherwise a signal to the group would reach the tests.

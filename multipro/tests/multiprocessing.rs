@@ -218,13 +218,13 @@ fn send_signals(parent: Pid) {
 #[track_caller]
 fn run(name: &str, program: Program) {
     let begin = format!("{name} prints:\n"); // what stands above it is the test harness's
-    if env::var_os("RUN_THE_PROGRAM").is_some() {
+    if env::var_os("PROMISE").is_some_and(|promise| promise == name) {
         run_in_child(&begin, program);
     }
     let start = Instant::now();
     let test = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
-        .envs([("RUN_THE_PROGRAM", ""), ("RUST_BACKTRACE", "0")])
+        .envs([("PROMISE", name), ("RUST_BACKTRACE", "0")])
         .output() // waits until no process of the program is left
         .unwrap();
     let hung = start.elapsed() >= Duration::from_secs(30);
@@ -242,7 +242,7 @@ fn run(name: &str, program: Program) {
 
 /// Runs the program in a child. Writes to stderr what it must print, and how it ended.
 fn run_in_child(begin: &str, program: Program) -> ! {
-    // Ends each process of the program, even if the tests have been killed.
+    // Ends each process half a minute after its fork, even if the tests have been killed.
     extern "C" fn end_in_time() {
         alarm::set(30);
     }
@@ -250,7 +250,8 @@ fn run_in_child(begin: &str, program: Program) -> ! {
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
     print!("{begin}");
     io::stdout().flush().unwrap();
-    // SAFETY: the only other thread is the test harness's, which waits for this one.
+    // SAFETY: the only other thread, the test harness's, holds no lock but perhaps the allocator's,
+    // which fork handles.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
             // A group of its own: otherwise a signal to the group would reach the tests.

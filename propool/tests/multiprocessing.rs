@@ -257,6 +257,7 @@ promise!(signals_interrupt_neither_the_parent_nor_a_worker, || {
     // SAFETY: the handler does nothing.
     unsafe { signal::sigaction(Signal::SIGUSR1, &action) }?;
     let signal_all = |_| {
+        send(&GATE, 0);
         for _ in 0..20 {
             thread::sleep(Duration::from_millis(5));
             signal::kill(Pid::from_raw(0), Signal::SIGUSR1).unwrap();
@@ -265,14 +266,19 @@ promise!(signals_interrupt_neither_the_parent_nor_a_worker, || {
     };
     let mut p = Pool::new(2)?;
     p.apply_async(signal_all, 0)?;
+    receive(&GATE);
     receive(&RESULTS); // meanwhile the other worker waits for a task
-    p.apply_async(signal_all, 0)?;
-    p.apply_async(signal_all, 0)?;
-    for _ in 0..10_000 {
-        p.apply_async(|_| (), 0)?; // meanwhile the pipe is full
+    for tasks in [5_000, 4_095] {
+        p.apply_async(signal_all, 0)?;
+        p.apply_async(signal_all, 0)?;
+        receive(&GATE);
+        receive(&GATE); // both workers have begun, so the pipe is empty
+        for _ in 0..tasks {
+            p.apply_async(|_| (), 0)?; // meanwhile the pipe is full, at 4,096 tasks
+        }
     }
     p.apply_async(signal_all, 0)?;
-    p.close();
+    p.close(); // meanwhile the pipe is full
     p.join()?;
     Ok("")
 });
@@ -407,13 +413,13 @@ impl Drop for PrintsWhenDropped {
 #[track_caller]
 fn run(name: &str, program: Program) {
     let begin = format!("{name} prints:\n"); // what stands above it is the test harness's
-    if env::var_os("RUN_THE_PROGRAM").is_some() {
+    if env::var_os("PROMISE").is_some_and(|promise| promise == name) {
         run_in_child(&begin, program);
     }
     let start = Instant::now();
     let test = Command::new(env::current_exe().unwrap())
         .args([name, "--exact", "--nocapture"])
-        .envs([("RUN_THE_PROGRAM", ""), ("RUST_BACKTRACE", "0")])
+        .envs([("PROMISE", name), ("RUST_BACKTRACE", "0")])
         .output() // waits until no process of the program is left
         .unwrap();
     let hung = start.elapsed() >= Duration::from_secs(30);
@@ -431,7 +437,7 @@ fn run(name: &str, program: Program) {
 
 /// Runs the program in a child. Writes to stderr what it must print, and how it ended.
 fn run_in_child(begin: &str, program: Program) -> ! {
-    // Ends each process of the program, even if the tests have been killed.
+    // Ends each process half a minute after its fork, even if the tests have been killed.
     extern "C" fn end_in_time() {
         alarm::set(30);
     }
@@ -441,7 +447,8 @@ fn run_in_child(begin: &str, program: Program) -> ! {
     LazyLock::force(&RESULTS);
     print!("{begin}");
     io::stdout().flush().unwrap();
-    // SAFETY: the only other thread is the test harness's, which waits for this one.
+    // SAFETY: the only other thread, the test harness's, holds no lock but perhaps the allocator's,
+    // which fork handles.
     match unsafe { fork() }.unwrap() {
         ForkResult::Child => {
             // A group of its own: otherwise a signal to the group would reach the tests.
