@@ -61,14 +61,14 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// A queue of strings. Any number of processes may put values, but only one may get them: two
-    /// would get parts of values. One process at a time may be in `join`: two may wait for ever.
+    /// A queue of strings. Any number of processes may put values, but only one may get them, and
+    /// only one at a time may be in `join`: two lose or mix values, or wait for ever.
     ///
-    /// A process that calls `get` becomes the reader, one that calls `put` or `join` a writer: for
-    /// good, and so do the processes that it starts later. Before its first call, a process counts
-    /// as both: the one that made the queue, and all that were started since, even if the queue is
-    /// not passed to them. While one that counts as both lives, the others do not notice that the
-    /// reader or the last writer has ended: they may wait for ever.
+    /// A process that calls `get` is the reader for good, one that calls `put` or `join` a writer,
+    /// and so is each that it starts later. Before its first call, the process that made the queue
+    /// counts as both, and so do all that were started since, even if the queue is not passed to
+    /// them. While one that counts as both lives, the others do not notice that the reader or the
+    /// last writer has ended: they may wait for ever.
     pub struct Queue {
         // Reads values, and writes the answers to `join`; `None` in a writer:
         reader: RefCell<Option<(PipeReader, PipeWriter)>>,
@@ -77,7 +77,7 @@ pub mod multiprocessing {
     }
 
     /// The length in bytes of the longest value. Each message begins with a number: up to
-    /// `LONGEST`, the length of the value that follows; above, a request from `join`, which is
+    /// `LONGEST`, the length of the value that follows; a larger one is a request from `join`,
     /// `LONGEST` plus the caller's process id. The kernel writes a message of up to `PIPE_BUF`
     /// bytes in one piece, so the messages of several writers do not interleave.
     const LONGEST: usize = PIPE_BUF - size_of::<usize>();
@@ -146,7 +146,7 @@ pub mod multiprocessing {
             let request = (LONGEST + process::id() as usize).to_ne_bytes();
             values.write_all(&request).map_err(|_| NO_READER)?;
             let mut answer = [0; size_of::<usize>()];
-            // An answer to another process is left over: that process was killed in `join`.
+            // An answer to another process, which was killed in `join`, is skipped.
             while answer != request {
                 answers.read_exact(&mut answer).map_err(|_| NO_READER)?;
             }
@@ -184,7 +184,7 @@ pub mod multiprocessing {
         ///
         /// Call this only while the process has one thread: fork copies the calling thread alone,
         /// and a lock that another one holds stays locked in the child for ever. Nor may an async
-        /// runtime exist, even one without threads, since both copies get its events: make it in
+        /// runtime exist, even one without threads, since both processes get its events: make it in
         /// the child. (`start` ought to be an `unsafe fn`; it is not, to read like Python's.)
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");

@@ -33,8 +33,8 @@ const NO_WRITER: &str = "no writer of the queue is left";
 
 type Program = fn() -> Result<&'static str, Box<dyn Error>>;
 
-/// Makes a test from a program that asserts, and returns what it and its children must print to
-/// stdout. The test runs the program in a new process, which has one thread, as the module
+/// Makes a test from a program with assertions, which returns what it and its children must print
+/// to stdout. The test runs the program in a new process, which has one thread, as the module
 /// requires, and which SIGALRM ends after half a minute.
 macro_rules! promise {
     ($name:ident, $program:expr) => {
@@ -551,10 +551,10 @@ fn run(name: &str, program: Program) {
     let output = String::from_utf8_lossy(&test.stdout);
     let errors = String::from_utf8_lossy(&test.stderr);
     let (_, printed) = output.split_once(&begin).expect(&errors);
-    let seen = format!("printed {printed:?}\n{errors}");
+    let seen = format!("{errors}printed {printed:?}");
     assert!(
         !hung,
-        "hung, and SIGALRM ended it after half a minute: {seen}"
+        "hung, and SIGALRM ended it after half a minute\n{seen}"
     );
     let as_promised = errors.contains(&format!("must print {printed:?}\n"));
     assert!(as_promised && test.status.success(), "{seen}");

@@ -63,7 +63,7 @@ pub mod multiprocessing {
         ///
         /// Call this only while the process has one thread: fork copies the calling thread alone,
         /// and a lock that another one holds stays locked in the child for ever. Nor may an async
-        /// runtime exist, even one without threads, since both copies get its events: make it in
+        /// runtime exist, even one without threads, since both processes get its events: make it in
         /// the child. (`start` ought to be an `unsafe fn`; it is not, to read like Python's.)
         /// A target that draws numbers from the crate rand must first call `rand::rng().reseed()`;
         /// otherwise all children may draw the same ones.

@@ -51,8 +51,8 @@ pub mod multiprocessing {
     /// A pool that is dropped without `join` is not waited for, as with std's `Child`: its workers
     /// do the queued tasks, then end. A worker that sees that its parent has ended begins no task,
     /// and ends; the queued tasks are lost. In both cases, without `close`, an idle worker ends
-    /// only when all processes that were forked after the pool have ended, since they hold the
-    /// pipe's write end too.
+    /// only after all processes that were forked after the pool, since they hold the pipe's write
+    /// end too.
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -76,8 +76,8 @@ pub mod multiprocessing {
         ///
         /// Call this only while the process has one thread: fork copies the calling thread alone,
         /// and a lock that another one holds stays locked in the workers for ever. Nor may an async
-        /// runtime exist, even one without threads, since all copies get its events: make it in a
-        /// task. (`new` ought to be an `unsafe fn`; it is not, to read like Python's `Pool`.)
+        /// runtime exist, even one without threads, since all processes get its events: make it in
+        /// a task. (`new` ought to be an `unsafe fn`; it is not, to read like Python's `Pool`.)
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
@@ -89,7 +89,7 @@ pub mod multiprocessing {
             };
             // Without this, all processes would print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-            let parent = getpid(); // not asked in the worker: the parent may have ended by then
+            let parent = getpid(); // not called in the worker: the parent may have ended by then
             for _ in 0..processes {
                 // SAFETY: the caller has one thread, so the worker may call any function.
                 match unsafe { fork() } {
@@ -115,7 +115,7 @@ pub mod multiprocessing {
 
         /// Queues a task for the workers: the call `func(arg)`. Waits while the pipe is full, on
         /// most systems at 4,096 tasks. Fails (Python: ValueError) after `close`. Fails once all
-        /// workers, and all processes that tasks have forked, have ended.
+        /// workers, and all processes forked by tasks, have ended.
         ///
         /// `func` must be in the program, or in a library that was loaded before the pool was made.
         /// (This ought to be an `unsafe fn` as well; it is not, for the same reason as `new`.)
@@ -170,8 +170,8 @@ pub mod multiprocessing {
             if address == 0 {
                 return ok;
             }
-            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and its caller sees to it
-            // that the function was loaded before the pool was made.
+            // SAFETY: `apply_async` wrote the address of a `fn(usize)`, and its caller ensures that
+            // the function was loaded before the pool was made.
             let func = unsafe { mem::transmute::<*const (), fn(usize)>(address as *const ()) };
             let ended = panic::catch_unwind(|| func(arg));
             ok &= ended.is_ok();
