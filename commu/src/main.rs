@@ -61,14 +61,15 @@ pub mod multiprocessing {
     use nix::sys::wait::{WaitStatus, waitpid};
     use nix::unistd::{ForkResult, Pid, fork};
 
-    /// A queue of strings. Any number of processes may put values, but only one may get them, and
-    /// only one at a time may be in `join`: two lose or mix values, or wait for ever.
+    /// A queue of strings. Any number of processes may put values. Only one may get them, and only
+    /// one at a time may `join` it: otherwise values are lost or mixed, or calls wait for ever.
     ///
-    /// A process that calls `get` is the reader for good, one that calls `put` or `join` a writer,
-    /// and so is each that it starts later. Before its first call, the process that made the queue
-    /// counts as both, and so do all that were started since, even if the queue is not passed to
-    /// them. While one that counts as both lives, the others do not notice that the reader or the
-    /// last writer has ended: they may wait for ever.
+    /// A process that calls `get` is the reader, one that calls `put` or `join` a writer, and so
+    /// are the processes that it starts afterwards. A process that has made no call is both: the
+    /// one that made the queue, and each that was started later, even if the queue is not passed to
+    /// it. While it lives, writers do not see that the reader has ended, nor the reader that all
+    /// writers have: they may wait for ever.
+    #[derive(Debug)]
     pub struct Queue {
         // Reads values, and writes the answers to `join`; `None` in a writer:
         reader: RefCell<Option<(PipeReader, PipeWriter)>>,
@@ -76,10 +77,9 @@ pub mod multiprocessing {
         writer: RefCell<Option<(PipeReader, PipeWriter)>>,
     }
 
-    /// The length in bytes of the longest value. Each message begins with a number: up to
-    /// `LONGEST`, the length of the value that follows; a larger one is a request from `join`,
-    /// `LONGEST` plus the caller's process id. The kernel writes a message of up to `PIPE_BUF`
-    /// bytes in one piece, so the messages of several writers do not interleave.
+    /// The length in bytes of the longest value. A message is a length and a value; or, as a
+    /// request from `join`, a number that no length reaches, `LONGEST` plus the caller's process
+    /// id. The kernel writes up to `PIPE_BUF` bytes in one piece: messages stay whole.
     const LONGEST: usize = PIPE_BUF - size_of::<usize>();
 
     const NOT_BOTH: &str = "a process cannot be both the reader and a writer of a queue";
@@ -97,9 +97,9 @@ pub mod multiprocessing {
             })
         }
 
-        /// Puts a value into the queue. Waits while the pipe is full (usually 64 KiB: 16 of the
-        /// longest values, or thousands of short ones). Fails in the reader, if no reader is left,
-        /// and if the value has more than 4,088 bytes (504 on macOS).
+        /// Puts a value into the queue. Waits while the pipe is full (usually at 16 long values, or
+        /// thousands of short ones). Fails in the reader, if no reader is left, and if the value is
+        /// longer than 4,088 bytes (4,092 on 32-bit Linux, 504 on macOS and FreeBSD).
         pub fn put(&self, value: &str) -> Result<(), Box<dyn Error>> {
             let mut writer = self.writer.borrow_mut();
             let (_, values) = writer.as_mut().ok_or(NOT_BOTH)?;
@@ -157,6 +157,7 @@ pub mod multiprocessing {
     /// A child process that runs a function.
     ///
     /// A process that is dropped without `join` is not waited for, as with std's `Child`.
+    #[derive(Debug)]
     pub struct Process<A, R> {
         target: fn(A) -> R,
         args: Option<A>, // `None` once started: the child has it, the parent's copy is dropped
@@ -177,15 +178,15 @@ pub mod multiprocessing {
 
         /// Starts the child, which calls the target and ends. Fails if stdout cannot be flushed or
         /// no child can be made. Panics (Python: AssertionError) if the process was started before.
-        /// An error or a panic of the target is printed to stderr, and the child's exit status is
-        /// then 1. It is also 1 if the target returns an `ExitCode` other than `SUCCESS`, or if the
-        /// child cannot flush stdout. The parent drops its copy of `args`: the drop must not remove
-        /// what the child needs, such as a temporary file.
         ///
-        /// Call this only while the process has one thread: fork copies the calling thread alone,
-        /// and a lock that another one holds stays locked in the child for ever. Nor may an async
-        /// runtime exist, even one without threads, since both processes get its events: make it in
-        /// the child. (`start` ought to be an `unsafe fn`; it is not, to read like Python's.)
+        /// Call this only while the process has one thread: fork copies no other. (`start` ought to
+        /// be an `unsafe fn`; it is not, to read like Python's.) A lock that the caller holds stays
+        /// locked in the child. Make an async runtime only in the child.
+        ///
+        /// If the target returns an error or panics, the child prints that to stderr and exits with
+        /// status 1 (with `panic = "abort"`, a panic kills it). It also exits with 1 if the target
+        /// returns an `ExitCode` other than `SUCCESS`, or if stdout cannot be flushed. The parent
+        /// drops its copy of `args`: that must not remove what the child needs, such as a file.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Without this, both processes would print what is still buffered.

@@ -11,7 +11,7 @@ use nix::unistd::{ForkResult, fork, getpid, getppid};
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("Process ({}) start...", getpid());
-    io::stdout().flush()?; // otherwise the child may print that line as well
+    io::stdout().flush()?; // if std still buffers that line, the child would print it as well
     // SAFETY: this process has one thread, so its child may call any function.
     // Only works on Unix/Linux/Mac:
     match unsafe { fork() }? {

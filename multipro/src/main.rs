@@ -38,6 +38,7 @@ pub mod multiprocessing {
     /// A child process that runs a function.
     ///
     /// A process that is dropped without `join` is not waited for, as with std's `Child`.
+    #[derive(Debug)]
     pub struct Process<A, R> {
         target: fn(A) -> R,
         args: Option<A>, // `None` once started: the child has it, the parent's copy is dropped
@@ -56,17 +57,17 @@ pub mod multiprocessing {
 
         /// Starts the child, which calls the target and ends. Fails if stdout cannot be flushed or
         /// no child can be made. Panics (Python: AssertionError) if the process was started before.
-        /// An error or a panic of the target is printed to stderr, and the child's exit status is
-        /// then 1. It is also 1 if the target returns an `ExitCode` other than `SUCCESS`, or if the
-        /// child cannot flush stdout. The parent drops its copy of `args`: the drop must not remove
-        /// what the child needs, such as a temporary file.
         ///
-        /// Call this only while the process has one thread: fork copies the calling thread alone,
-        /// and a lock that another one holds stays locked in the child for ever. Nor may an async
-        /// runtime exist, even one without threads, since both processes get its events: make it in
-        /// the child. (`start` ought to be an `unsafe fn`; it is not, to read like Python's.)
+        /// Call this only while the process has one thread: fork copies no other. (`start` ought to
+        /// be an `unsafe fn`; it is not, to read like Python's.) A lock that the caller holds stays
+        /// locked in the child. Make an async runtime only in the child.
         /// A target that draws numbers from the crate rand must first call `rand::rng().reseed()`;
         /// otherwise all children may draw the same ones.
+        ///
+        /// If the target returns an error or panics, the child prints that to stderr and exits with
+        /// status 1 (with `panic = "abort"`, a panic kills it). It also exits with 1 if the target
+        /// returns an `ExitCode` other than `SUCCESS`, or if stdout cannot be flushed. The parent
+        /// drops its copy of `args`: that must not remove what the child needs, such as a file.
         pub fn start(&mut self) -> Result<(), Box<dyn Error>> {
             assert!(self.args.is_some(), "cannot start a process twice");
             // Without this, both processes would print what is still buffered.

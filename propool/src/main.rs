@@ -53,6 +53,7 @@ pub mod multiprocessing {
     /// and ends; the queued tasks are lost. In both cases, without `close`, an idle worker ends
     /// only after all processes that were forked after the pool, since they hold the pipe's write
     /// end too.
+    #[derive(Debug)]
     pub struct Pool {
         tasks: Option<PipeWriter>, // `None` once closed
         workers: Vec<Pid>,         // empty once they have been waited for
@@ -61,8 +62,8 @@ pub mod multiprocessing {
     /// The address of a function, which is the same in the parent and its workers, and an argument
     /// for it. The address 0 tells the worker that reads it to stop.
     ///
-    /// A task is written in one piece, since it is shorter than `PIPE_BUF`, and read in one piece,
-    /// since all have one length and the kernel lets one process at a time read from a pipe.
+    /// A task is written and read in one piece: all have one length, less than `PIPE_BUF`, and the
+    /// kernel lets one process at a time read from a pipe.
     type Task = [[u8; size_of::<usize>()]; 2];
 
     /// The exit status of a worker that was told to stop, whose tasks did not panic, and whose
@@ -74,10 +75,9 @@ pub mod multiprocessing {
         /// Makes a pool of `processes` workers. Fails if `processes` is 0, if stdout cannot be
         /// flushed, or if the pipe or one of the processes cannot be made; then no worker is left.
         ///
-        /// Call this only while the process has one thread: fork copies the calling thread alone,
-        /// and a lock that another one holds stays locked in the workers for ever. Nor may an async
-        /// runtime exist, even one without threads, since all processes get its events: make it in
-        /// a task. (`new` ought to be an `unsafe fn`; it is not, to read like Python's `Pool`.)
+        /// Call this only while the process has one thread: fork copies no other. (`new` ought to
+        /// be an `unsafe fn`; it is not, to read like Python's.) A lock that the caller holds stays
+        /// locked in the workers. Make an async runtime only in a task.
         pub fn new(processes: usize) -> Result<Self, Box<dyn Error>> {
             if processes == 0 {
                 return Err("Number of processes must be at least 1".into());
@@ -89,7 +89,7 @@ pub mod multiprocessing {
             };
             // Without this, all processes would print what is still buffered.
             io::stdout().flush().map_err(|e| format!("stdout: {e}"))?;
-            let parent = getpid(); // not called in the worker: the parent may have ended by then
+            let parent = getpid(); // a worker's `getppid` may already name a new parent
             for _ in 0..processes {
                 // SAFETY: the caller has one thread, so the worker may call any function.
                 match unsafe { fork() } {
@@ -140,9 +140,9 @@ pub mod multiprocessing {
         }
 
         /// Waits for all workers to end; a second call returns `Ok`. Fails before `close`. Fails if
-        /// a task panicked, or if a worker was killed, ended before it was told to stop, could not
-        /// flush stdout or has an unknown exit status: the error says which workers, and how each
-        /// ended. (A task's `exit(118)` is not noticed.)
+        /// a task panicked, or if a worker was killed (by a panic, with `panic = "abort"`), ended
+        /// before it was told to stop, could not flush stdout or has an unknown exit status: the
+        /// error says which workers, and how each ended. (A task's `exit(118)` is not noticed.)
         pub fn join(&mut self) -> Result<(), Box<dyn Error>> {
             if self.tasks.is_some() {
                 return Err("Pool is still running".into());
@@ -159,12 +159,14 @@ pub mod multiprocessing {
     fn work(mut tasks: PipeReader, parent: Pid) -> bool {
         // Without this, all workers may draw the same numbers.
         rand::rng().reseed().expect("cannot reseed");
+        // A process that a task has forked returns here too, and must run no task. Its parent's id
+        // may be the same: once the worker has ended, the pool's maker may become its parent.
         let ids = (getpid(), parent);
         let may_run = || (getpid(), getppid()) == ids;
         let mut ok = true;
         let mut task = Task::default();
-        // The first check stops a process that a task has forked: it returns here, but must read no
-        // task. The second is needed since the parent may end while the worker waits for a task.
+        // The parent may end during a task, and then a read may wait for ever, since a process that
+        // was forked later may hold the write end; or it may end during the read.
         while may_run() && tasks.read_exact(task.as_flattened_mut()).is_ok() && may_run() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {

@@ -14,7 +14,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map_err(|e| format!("/bin/sh: {e}"))?; // the error itself names no program
 
     println!("---------------");
-    io::stdout().flush()?; // otherwise ls may print first
+    io::stdout().flush()?; // if std still buffers that line, ls would print first
 
     let _r2 = Command::new("ls")
         .args(["-l"])
@@ -22,7 +22,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map_err(|e| format!("ls: {e}"))?;
 
     println!("---------------");
-    io::stdout().flush()?; // otherwise ping may print first
+    io::stdout().flush()?; // if std still buffers that line, ping would print first
 
     let mut r3 = Command::new("ping")
         .args(["-c", "4", "www.baidu.com"])
