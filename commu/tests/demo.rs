@@ -47,7 +47,7 @@ fn run(hold: bool) {
     let run = run.wait_with_output().unwrap();
     assert!(run.status.success() && run.stderr.is_empty(), "{run:?}");
 
-    // The two processes print at the same time, so only the order of each one's lines is certain.
+    // Certain is the order of each process's lines, and that a value is got after it is put.
     let place = |line: &str| lines.iter().position(|l| l == line);
     let (written, read): (Vec<&str>, Vec<&str>) = lines
         .iter()

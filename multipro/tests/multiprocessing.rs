@@ -98,6 +98,7 @@ promise!(an_unfinished_line_comes_out_once, || {
 promise!(a_child_whose_output_is_lost_has_failed, || {
     assert_eq!(failure(lose_output), "exited with status 1");
     lose_output();
+    assert!(error(start(|()| (), ())).starts_with("stdout: "));
     let mut p = Process::new(|()| (), ());
     assert!(error(p.start()).starts_with("stdout: "));
     assert_eq!(misuse(|| p.join()), "can only join a started process");
@@ -152,9 +153,9 @@ fn start<A, R: Termination>(target: fn(A) -> R, args: A) -> Result<Process<A, R>
 /// Runs `target` in a child, which must fail. Returns the error of `join` without the child's id.
 #[track_caller]
 fn failure<R: Termination>(target: fn() -> R) -> String {
-    let run = |(target, mut id): (fn() -> R, PipeWriter)| {
-        write!(id, "process {} ", getpid()).unwrap();
-        drop(id);
+    let run = |(target, mut write_end): (fn() -> R, PipeWriter)| {
+        write!(write_end, "process {} ", getpid()).unwrap();
+        drop(write_end);
         target()
     };
     let (read_end, write_end) = io::pipe().unwrap();
@@ -164,15 +165,14 @@ fn failure<R: Termination>(target: fn() -> R) -> String {
 }
 
 #[track_caller]
-fn error<T>(result: Result<T, Box<dyn Error>>) -> String {
-    result.err().expect("no error").to_string()
+fn error<T: std::fmt::Debug>(result: Result<T, Box<dyn Error>>) -> String {
+    result.unwrap_err().to_string()
 }
 
 /// Returns the message of the panic in `call`.
 #[track_caller]
-fn misuse<T>(call: impl FnOnce() -> T) -> &'static str {
-    let ended = panic::catch_unwind(AssertUnwindSafe(call));
-    let payload = ended.err().expect("no panic");
+fn misuse<T: std::fmt::Debug>(call: impl FnOnce() -> T) -> &'static str {
+    let payload = panic::catch_unwind(AssertUnwindSafe(call)).unwrap_err();
     payload.downcast_ref::<&str>().expect("no message")
 }
 
@@ -208,7 +208,7 @@ fn handle_sigusr1() -> nix::Result<SigAction> {
 }
 
 fn send_signals(parent: Pid) {
-    for _ in 0..20 {
+    for _ in 0..5 {
         thread::sleep(Duration::from_millis(5));
         signal::kill(parent, Signal::SIGUSR1).unwrap();
     }
@@ -232,10 +232,7 @@ fn run(name: &str, program: Program) {
     let errors = String::from_utf8_lossy(&test.stderr);
     let (_, printed) = output.split_once(&begin).expect(&errors);
     let seen = format!("{errors}printed {printed:?}");
-    assert!(
-        !hung,
-        "hung, and SIGALRM ended it after half a minute\n{seen}"
-    );
+    assert!(!hung, "hung: SIGALRM ended it after half a minute\n{seen}");
     let as_promised = errors.contains(&format!("must print {printed:?}\n"));
     assert!(as_promised && test.status.success(), "{seen}");
 }
@@ -248,6 +245,10 @@ fn run_in_child(begin: &str, program: Program) -> ! {
     }
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
+    for signal in [Signal::SIGALRM, Signal::SIGTERM] {
+        // SAFETY: no handler is set. (Without this, a signal that is ignored stays ignored.)
+        unsafe { signal::signal(signal, SigHandler::SigDfl) }.unwrap();
+    }
     print!("{begin}");
     io::stdout().flush().unwrap();
     // SAFETY: the only other thread, the test harness's, holds no lock but perhaps the allocator's,

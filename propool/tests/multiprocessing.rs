@@ -45,7 +45,7 @@ promise!(each_task_is_done_once_however_many_there_are, || {
     let mut p = Pool::new(4)?;
     let mut done = Vec::new();
     for i in 0..10_000 {
-        p.apply_async(|i| send(&RESULTS, i), i)?;
+        p.apply_async(|i| send(&RESULTS, i), !i)?; // uses all bits of a task's argument
         if i >= 300 {
             done.push(receive(&RESULTS)); // 300 stay unread: more might fill the pipe
         }
@@ -54,9 +54,9 @@ promise!(each_task_is_done_once_however_many_there_are, || {
     p.join()?;
     done.extend([(); 300].map(|()| receive(&RESULTS)));
     done.sort_unstable();
-    assert!(done.into_iter().eq(0..10_000));
-    send(&RESULTS, usize::MAX);
-    assert_eq!(receive(&RESULTS), usize::MAX); // no other result was there
+    assert!(done.into_iter().rev().map(|i| !i).eq(0..10_000));
+    send(&RESULTS, 0);
+    assert_eq!(receive(&RESULTS), 0); // no other result was there
     Ok("")
 });
 
@@ -78,7 +78,7 @@ promise!(join_says_how_a_worker_has_failed, || {
     assert_eq!(failure(&[|_| process::exit(0)]), "exited with status 0");
     let exec = |_| drop(Command::new("true").exec());
     assert_eq!(failure(&[exec]), "exited with status 0");
-    // The two exit statuses next to that of a worker without a failure:
+    // The exit statuses next to that of a worker without a failure:
     assert_eq!(failure(&[|_| process::exit(117)]), "exited with status 117");
     assert_eq!(failure(&[|_| process::exit(119)]), "exited with status 119");
     let kill = |_| signal::raise(Signal::SIGKILL).unwrap();
@@ -103,23 +103,19 @@ promise!(join_says_how_a_worker_has_failed, || {
 promise!(other_workers_do_the_remaining_tasks, || {
     let mut p = Pool::new(3)?;
     let be_killed = |_| {
-        send(&GATE, id());
+        send(&RESULTS, id());
         signal::raise(Signal::SIGKILL).unwrap();
     };
-    let exit = |_| {
-        send(&RESULTS, id());
-        process::exit(3);
-    };
     p.apply_async(be_killed, 0)?;
-    p.apply_async(exit, 0)?;
+    let first = format!("worker {} was killed by SIGKILL", receive(&RESULTS));
+    p.apply_async(be_killed, 0)?;
+    let second = format!("worker {} was killed by SIGKILL", receive(&RESULTS));
     for _ in 0..10 {
         p.apply_async(|_| print!("."), 0)?;
     }
     p.close();
     let error = error(p.join());
-    let killed = format!("worker {} was killed by SIGKILL", receive(&GATE));
-    let exited = format!("worker {} exited with status 3", receive(&RESULTS));
-    let both = [format!("{killed}, {exited}"), format!("{exited}, {killed}")];
+    let both = [format!("{first}, {second}"), format!("{second}, {first}")];
     assert!(both.contains(&error), "{error}");
     p.join()?;
     Ok("..........")
@@ -171,8 +167,7 @@ promise!(each_worker_draws_new_random_numbers, || {
     p.apply_async(draw_and_wait, 0)?;
     p.apply_async(draw_and_wait, 0)?;
     // One number comes from each worker, since both wait.
-    numbers.extend([receive(&RESULTS), receive(&RESULTS)]);
-    numbers.push(draw());
+    numbers.extend([receive(&RESULTS), receive(&RESULTS), draw()]);
     send(&GATE, 0);
     send(&GATE, 0);
     p.close();
@@ -184,24 +179,25 @@ promise!(each_worker_draws_new_random_numbers, || {
 });
 
 promise!(a_process_that_a_task_has_forked_takes_no_task, || {
-    let fork_and_wait = |_| {
+    #[cfg(target_os = "linux")] // where this process then becomes the parent of the orphan
+    nix::sys::prctl::set_child_subreaper(true)?;
+    let leave_an_orphan = |_| {
+        receive(&GATE);
+        let worker = id();
         // SAFETY: a worker has one thread.
-        if let ForkResult::Parent { child } = unsafe { fork() }.unwrap() {
-            waitpid(child, None).unwrap();
+        if let ForkResult::Parent { .. } = unsafe { fork() }.unwrap() {
+            process::exit(3);
         }
+        outlive(worker);
     };
     let mut p = Pool::new(1)?;
-    p.apply_async(fork_and_wait, 0)?;
-    for _ in 0..3 {
-        let task = |parent| {
-            assert_eq!(parent_id() as usize, parent);
-            println!("done");
-        };
-        p.apply_async(task, id())?;
-    }
+    p.apply_async(leave_an_orphan, 0)?;
+    p.apply_async(|_| println!("taken"), 0)?;
     p.close();
-    p.join()?;
-    Ok("done\ndone\ndone\n")
+    send(&GATE, 0);
+    assert!(error(p.join()).ends_with(" exited with status 3"));
+    let _ = wait(); // for the orphan, if this process is its parent
+    Ok("")
 });
 
 promise!(a_pool_can_be_joined_while_a_later_one_lives, || {
@@ -227,25 +223,32 @@ promise!(a_pool_that_is_dropped_does_its_tasks_and_ends, || {
     Ok("done\n")
 });
 
-promise!(no_task_is_begun_once_the_parent_has_ended, || {
-    // The child makes the pool, then a process that has the pool too.
+promise!(no_worker_goes_on_once_the_parent_has_ended, || {
+    // The child makes a pool, then a process that has the pool too.
     // SAFETY: this process has one thread.
-    let ForkResult::Parent { child: parent } = unsafe { fork() }? else {
-        let mut p = Pool::new(1)?;
-        let parent = process::id();
+    let ForkResult::Parent { child } = unsafe { fork() }? else {
+        let (read_end, write_end) = io::pipe()?;
+        let mut p = Pool::new(2)?;
+        drop(write_end); // so that only the workers hold it
+        let task = |parent| {
+            send(&GATE, 0);
+            outlive(parent);
+        };
+        let parent = id();
+        p.apply_async(task, parent)?;
+        receive(&GATE);
         // SAFETY: this process has one thread.
         if let ForkResult::Parent { .. } = unsafe { fork() }? {
-            thread::sleep(Duration::from_millis(100)); // so that the worker waits for a task
+            thread::sleep(Duration::from_millis(100)); // so that the other worker waits for a task
             signal::raise(Signal::SIGKILL)?;
         }
-        while parent_id() == parent {
-            thread::sleep(Duration::from_millis(1));
-        }
-        let _ = p.apply_async(|_| println!("begun"), 0); // fails if the worker has ended already
+        outlive(parent);
+        let _ = p.apply_async(|_| println!("begun"), 0); // fails if both workers have ended
+        io::read_to_string(read_end)?; // until both have ended
         process::exit(0)
     };
-    let ended = waitpid(parent, None)?;
-    assert!(matches!(ended, WaitStatus::Signaled(_, Signal::SIGKILL, _)));
+    let killed = WaitStatus::Signaled(child, Signal::SIGKILL, false);
+    assert_eq!(waitpid(child, None)?, killed);
     Ok("")
 });
 
@@ -295,7 +298,7 @@ promise!(a_pool_that_cannot_be_made_leaves_no_worker, || {
     unsafe { libc::getrlimit(libc::RLIMIT_NPROC, &mut limits) };
     // One more process each time, so that at some limit only the second fork fails:
     limits.rlim_cur = 0;
-    let mut p = loop {
+    let p = loop {
         // SAFETY: `setrlimit` reads `limits`, and no more.
         unsafe { libc::setrlimit(libc::RLIMIT_NPROC, &limits) };
         match Pool::new(2) {
@@ -305,15 +308,11 @@ promise!(a_pool_that_cannot_be_made_leaves_no_worker, || {
         assert_eq!(wait(), Err(Errno::ECHILD));
         limits.rlim_cur += 1;
     };
-    // Two tasks that need each other, and so two workers:
-    let send_and_wait = |_| {
-        send(&RESULTS, 0);
-        receive(&GATE);
-    };
-    p.apply_async(send_and_wait, 0)?;
-    p.apply_async(|_| send(&GATE, receive(&RESULTS)), 0)?;
-    p.close();
-    p.join()?;
+    drop(p);
+    assert!(
+        wait().is_ok() && wait().is_ok(),
+        "a pool without two workers"
+    );
     Ok("")
 });
 
@@ -363,6 +362,13 @@ fn id() -> usize {
     process::id() as usize
 }
 
+/// Waits until `parent` has ended, which is the parent of this process.
+fn outlive(parent: usize) {
+    while parent_id() as usize == parent {
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
 /// Runs the tasks in one worker, which must fail. Returns the error of `join` without the worker's
 /// id.
 #[track_caller]
@@ -383,8 +389,8 @@ fn failure(tasks: &[fn(usize)]) -> String {
 }
 
 #[track_caller]
-fn error<T>(result: Result<T, Box<dyn Error>>) -> String {
-    result.err().expect("no error").to_string()
+fn error<T: std::fmt::Debug>(result: Result<T, Box<dyn Error>>) -> String {
+    result.unwrap_err().to_string()
 }
 
 /// Leaves an unfinished line that cannot be flushed, since nobody reads it.
@@ -427,10 +433,7 @@ fn run(name: &str, program: Program) {
     let errors = String::from_utf8_lossy(&test.stderr);
     let (_, printed) = output.split_once(&begin).expect(&errors);
     let seen = format!("{errors}printed {printed:?}");
-    assert!(
-        !hung,
-        "hung, and SIGALRM ended it after half a minute\n{seen}"
-    );
+    assert!(!hung, "hung: SIGALRM ended it after half a minute\n{seen}");
     let as_promised = errors.contains(&format!("must print {printed:?}\n"));
     assert!(as_promised && test.status.success(), "{seen}");
 }
@@ -443,6 +446,10 @@ fn run_in_child(begin: &str, program: Program) -> ! {
     }
     // SAFETY: the handler sets an alarm, and no more.
     unsafe { libc::pthread_atfork(None, None, Some(end_in_time)) };
+    for signal in [Signal::SIGALRM, Signal::SIGTERM] {
+        // SAFETY: no handler is set. (Without this, a signal that is ignored stays ignored.)
+        unsafe { signal::signal(signal, SigHandler::SigDfl) }.unwrap();
+    }
     LazyLock::force(&GATE); // before any fork, so that all processes have the same pipes
     LazyLock::force(&RESULTS);
     print!("{begin}");
