@@ -159,14 +159,14 @@ pub mod multiprocessing {
     fn work(mut tasks: PipeReader, parent: Pid) -> bool {
         // Without this, all workers may draw the same numbers.
         rand::rng().reseed().expect("cannot reseed");
-        // A process that a task has forked returns here too, and must run no task. Its parent's id
-        // may be the same: once the worker has ended, the pool's maker may become its parent.
+        // A process that a task has forked returns here too. It must run no task, not even when the
+        // worker has ended and `parent` has become its parent: so both ids must be as at the start.
         let ids = (getpid(), parent);
         let may_run = || (getpid(), getppid()) == ids;
         let mut ok = true;
         let mut task = Task::default();
-        // The parent may end during a task, and then a read may wait for ever, since a process that
-        // was forked later may hold the write end; or it may end during the read.
+        // The parent may end during a task: then a read would wait for ever if a process that was
+        // forked later holds the write end. The parent may also end during the read.
         while may_run() && tasks.read_exact(task.as_flattened_mut()).is_ok() && may_run() {
             let [address, arg] = task.map(usize::from_ne_bytes);
             if address == 0 {
