@@ -64,11 +64,11 @@ pub mod multiprocessing {
     /// A queue of strings. Any number of processes may put values. Only one may get them, and only
     /// one at a time may `join` it: otherwise values are lost or mixed, or calls wait for ever.
     ///
-    /// A process that calls `get` is the reader, one that calls `put` or `join` a writer, and so
-    /// are the processes that it starts afterwards. A process that has made no call is both: the
-    /// one that made the queue, and each that was started later, even if the queue is not passed to
-    /// it. While it lives, writers do not see that the reader has ended, nor the reader that all
-    /// writers have: they may wait for ever.
+    /// A process that calls `get` becomes the reader, one that calls `put` or `join` a writer, and
+    /// the processes that it starts afterwards have the same role. A process that has made no call
+    /// counts as both: the one that made the queue, and each that was started later, even if the
+    /// queue is not passed to it. While such a process lives, writers do not see that the reader
+    /// has ended, nor the reader that all writers have: they may wait for ever.
     #[derive(Debug)]
     pub struct Queue {
         // Reads values, and writes the answers to `join`; `None` in a writer:
